@@ -1,0 +1,746 @@
+"""Train: how does it learn?
+
+Take a batch, ask the model how surprised it is by each next token, move every weight a little so that it would have been
+less so, and do that again. The loop below is the whole of it; what stands around it makes the numbers right (one loss
+for any split of the batch), the run safe (stop it whenever you like, go on to the same bit) and the progress visible.
+
+    loss = sum weights nll / sum weights                       over all micro-batches and ranks of the step
+    m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2           g clipped to norm grad_clip                [Adam alg 1]
+    w = w - lr ( m^ / (sqrt(v^) + eps) + weight_decay w )      m^, v^ corrected for their start at 0    [AdamW alg 2]
+    lr(step) = peak * min(1, (step + 1) / warmup) * cosine     a function of the step alone             [SGDR eq 5]
+    bits per byte = nll of the validation text in bits / its UTF-8 bytes     (comparable between tokenizers)
+
+Contents:    config | optimizer | schedules | precision | the batch | evaluation | run folder | report | plan | sample |
+             bench | main
+References:
+    [Adam]   Adam: A Method for Stochastic Optimization, arXiv:1412.6980
+    [AdamW]  Decoupled Weight Decay Regularization, arXiv:1711.05101
+    [SGDR]   SGDR: Stochastic Gradient Descent with Warm Restarts, arXiv:1608.03983
+Run me:      python train.py                                   (trains on this Python's standard library)
+             python train.py --input=book.txt --out_dir=out/book --attn=mla --moe
+             torchrun --nproc_per_node=2 train.py              (the same on two processes)
+             python train.py --resume | --sample --prompt="def " | --plan | --help
+"""
+import contextlib
+import dataclasses
+import html
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import dist
+import kernels
+import model as model_lib
+import tokenizer as tok_lib
+from attention import ATTENTION, POSITIONS
+from data import DataConfig
+from dist import DistConfig
+from kernels import KernelConfig
+from model import ACTIVATIONS, NORMS, PRESETS, Model, ModelConfig
+from moe import ROUTERS, update_biases
+from tokenizer import TokenizerConfig, UsageError, atomic_write, flag
+
+
+@dataclass
+class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerConfig):
+    out_dir: str = "out"           # run folder: config, log, report, tokenizer, checkpoints
+    preset: str = ""               # many flags at once, a key of PRESETS; other flags override it
+    steps: int = 1500              # optimizer steps of the run
+    tokens_per_step: int = 8192    # tokens of an optimizer step, over all ranks
+    micro_batch: int = 0           # rows a device holds at once; 0 chooses. The rest of a step is accumulated
+    objective: str = "clm"         # what is predicted: clm, the next token
+    optimizer: str = "adamw"       # a key of OPTIMIZERS
+    lr: float = 3e-3               # peak learning rate
+    schedule: str = "cosine"       # learning rate over the run, a key of SCHEDULES
+    warmup: int = 50               # steps of linear warm-up
+    min_lr: float = 0.05           # learning rate at the end, as a share of the peak
+    beta1: float = 0.9             # Adam: memory of the gradient
+    beta2: float = 0.95            # Adam: memory of its square
+    weight_decay: float = 0.1      # decay of matrices (gains and biases have none)
+    grad_clip: float = 1.0         # largest gradient norm; 0 does not clip
+    dtype: str = "auto"            # of products: auto (bfloat16 where it is fast), float32 or bfloat16; weights stay float32
+    compile: bool = False          # torch.compile every block
+    log_every: int = 10            # steps between printed lines (log.jsonl has every step)
+    eval_every: int = 250          # steps between evaluations and samples; 0 only at the end
+    eval_tokens: int = 1_000_000   # validation tokens of an evaluation at most, spread evenly
+    save_every: int = 250          # steps between checkpoints; 0 only at the end
+    keep: int = 2                  # newest checkpoints that stay
+    resume: str = flag("", bare="latest")  # go on with the run in out_dir: bare for its newest good checkpoint, or a checkpoint's path
+    init_from: str = ""            # begin a new run from the weights in this folder (Hugging Face or a run of ours)
+    overwrite: bool = False        # replace the run in out_dir
+    plan: bool = False             # print what would run, and stop
+    sample: bool = False           # print samples from the run in out_dir, and stop
+    prompt: str = ""               # sample: text to continue
+    n_samples: int = 3             # sample: how many
+    max_new_tokens: int = 200      # sample: tokens of each
+    temperature: float = 0.8       # sample: 0 takes the likeliest token
+    top_k: int = 50                # sample: choose among the k likeliest; 0 means all
+    top_p: float = 1.0             # sample: choose among the fewest tokens that reach this probability
+    bench: bool = False            # time training steps on random tokens, and stop
+    bench_peer: str = ""           # bench: a nanoGPT checkout to time beside, step by step
+
+
+# ---- Optimizer (how far does a weight move?) ----
+
+def adamw(model, cfg):
+    """torch's fused AdamW; matrices decay, gains and biases do not.                                      [AdamW alg 2]"""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+
+
+OPTIMIZERS = {"adamw": adamw}      # flag --optimizer
+
+
+# ---- Schedules (pure functions of the progress, so a resumed run needs no state) ----
+
+SCHEDULES = {                      # flag --schedule: progress in [0, 1] after the warm-up -> share of the way down
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),                                                # [SGDR eq 5]
+    "linear": lambda t: 1 - t,
+    "constant": lambda t: 1.0,
+}
+
+
+def learning_rate(cfg, step):
+    """Learning rate of `step` (from 0): linear warm-up, then --schedule down to min_lr of the peak."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - 1 - cfg.warmup)
+    return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * SCHEDULES[cfg.schedule](min(1.0, progress)))
+
+
+# ---- Precision (which type do the products run in?) ----
+
+def compute_dtype(cfg, device):
+    """(dtype, reason). bfloat16 is the default on GPUs and on CPUs with instructions for it; elsewhere it is emulated."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype), "as asked"
+    if device.type == "cuda":
+        good = torch.cuda.is_bf16_supported()
+        return (torch.bfloat16, "the GPU has it") if good else (torch.float32, "this GPU has no bfloat16")
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "this CPU has instructions for it"
+    return torch.float32, "this CPU has no bfloat16 instructions"
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# ---- The batch (tokens per step -> rows, micro-batches, ranks) ----
+
+def batch_shape(cfg, ranks):
+    """(rows of a step, rows of a micro-batch, micro-batches a rank accumulates)."""
+    rows, rest = divmod(cfg.tokens_per_step, cfg.seq_len)
+    unit = cfg.seq_len * ranks * max(1, cfg.micro_batch)
+    if rest or rows % ranks or cfg.micro_batch and rows % (ranks * cfg.micro_batch):
+        low = cfg.tokens_per_step // unit * unit
+        fits = " or ".join(f"--tokens_per_step={n}" for n in (low, low + unit) if n)
+        micro = f" x --micro_batch={cfg.micro_batch}" if cfg.micro_batch else ""
+        raise UsageError(f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len}{micro} x "
+                         f"{ranks} rank{'s' * (ranks > 1)}); use {fits}")
+    mine = rows // ranks
+    if cfg.micro_batch:
+        return rows, cfg.micro_batch, mine // cfg.micro_batch
+    most = max(1, 16384 // cfg.seq_len)                          # what a small device holds of a small model
+    micro = max(m for m in range(1, min(mine, most) + 1) if mine % m == 0)
+    return rows, micro, mine // micro
+
+
+def micro_batches(loader, step, shape, world):
+    """This rank's micro-batches of a step, and the weight of all ranks' tokens together."""
+    rows, micro, accumulate = shape
+    first = step * rows + world.rank * micro * accumulate
+    batches = [loader.samples(first + i * micro, micro) for i in range(accumulate)]
+    weight = torch.stack([b["weights"].sum(dtype=torch.float64) for b in batches]).sum().to(world.device)
+    return batches, dist.all_sum(world, weight).item()
+
+
+def to_device(batch, device):
+    if device.type == "cuda":
+        return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
+    return batch
+
+
+# ---- Evaluation (what does it know of text it never saw?) ----
+
+@torch.no_grad()
+def evaluate(model, loader, meta, cfg, world, dtype):
+    """{val_loss (nats per token), val_ppl, val_bpb} of the validation text, each token counted once over all ranks."""
+    model.eval()
+    n = min(loader.n_rows, max(1, cfg.eval_tokens // cfg.seq_len))
+    chosen = [i * loader.n_rows // n for i in range(n)]
+    size = max(1, 8192 // cfg.seq_len)
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    mine = [chosen[i:i + size] for i in range(0, n, size)][world.rank::world.size]
+    with autocast(world.device, dtype):
+        for rows in mine:
+            loss_sum, weight_sum, _ = model.loss(to_device(loader.batch(rows), world.device))
+            sums += torch.stack([loss_sum.double(), weight_sum.double()])
+    model.train()
+    loss = (lambda pair: pair[0] / pair[1])(dist.all_sum(world, sums).tolist())
+    return dict(val_loss=loss, val_ppl=math.exp(min(loss, 700)),
+                val_bpb=loss / math.log(2) * loader.n_tokens / meta["val_bytes"])
+
+
+def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_tokens):
+    """n continuations of a prompt, each cut at its end-of-text; the same for the same seed."""
+    tokens_BT = torch.tensor([[eot, *tok.encode(prompt)]] * n, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
+        out = model.generate(tokens_BT, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator)
+    texts = []
+    for ids in out[:, 1:].tolist():
+        stop = next((i for i, token in enumerate(ids) if token == eot or token >= tok.n_vocab), len(ids))
+        texts.append(tok.decode(ids[:stop]))
+    return texts
+
+
+# ---- Run folder (config, log, checkpoints) ----
+
+FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
+                  "top_k", "top_p", "bench", "bench_peer", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
+                  "micro_batch", "device", "dp", "timeout", "kernels", "compile", "steps", "cache_dir", "preset"}
+OURS = ("config.json", "log.jsonl", "report.html", "tokenizer", "ckpt", "data")
+
+
+def read_run(out_dir):
+    """The saved config.json of a run folder, or None where there is none."""
+    try:
+        return json.loads((Path(out_dir) / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{out_dir}/config.json cannot be read ({error}); restore it, or start again with --overwrite") from None
+
+
+def settle_config(typed):
+    """The full config of this command: defaults, preset, the resumed run's own flags, what was typed; and all checks
+    that need no data and no device."""
+    preset = typed.get("preset", "")
+    given = dict(PRESETS[preset]) | typed if preset else typed
+    cfg = TrainConfig(**given)
+    saved = read_run(cfg.out_dir) if not cfg.overwrite else None
+    if cfg.resume and cfg.resume != "latest":
+        path = Path(cfg.resume)
+        if not (path / "manifest.json").is_file():
+            raise UsageError(f"--resume={path} is not a checkpoint (no manifest.json); give a folder such as "
+                             f"{cfg.out_dir}/ckpt/step_00000250, or bare --resume for the newest")
+        saved = dist.read_checkpoint(path)[1]["config"]
+    if cfg.resume and cfg.overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite deletes it; give one of them")
+    if cfg.resume and cfg.init_from and (saved or {}).get("init_from", cfg.init_from) != cfg.init_from:
+        raise UsageError("--resume goes on with a run, --init_from begins a new one from weights; give one of them")
+    if cfg.resume and saved:
+        known = {f.name: saved[f.name] for f in dataclasses.fields(TrainConfig) if f.name in saved}
+        known["input"] = tuple(known["input"])
+        differ = [f"--{k}={typed_or(v)} (the run has {typed_or(known[k])})" for k, v in given.items()
+                  if k in known and k not in FREE_TO_CHANGE and (tuple(v) if k == "input" else v) != known[k]]
+        if differ:
+            raise UsageError(f"the run in {cfg.out_dir} was started with other flags: {', '.join(differ)}; leave these out to resume it, "
+                             f"or choose another --out_dir to begin a new run")
+        cfg = TrainConfig(**known | {k: v for k, v in given.items() if k in FREE_TO_CHANGE} | dict(
+            resume=cfg.resume, overwrite=False, plan=cfg.plan, sample=cfg.sample, bench=cfg.bench, out_dir=cfg.out_dir))
+    elif saved and not (cfg.plan or cfg.sample or cfg.bench):
+        raise UsageError(f"{cfg.out_dir} already holds a run; go on with it by --resume, replace it by --overwrite, or choose another --out_dir")
+    model_lib.validate(cfg)
+    for name, low in (("steps", 1), ("tokens_per_step", 1), ("micro_batch", 0), ("warmup", 0), ("log_every", 1), ("eval_every", 0),
+                      ("save_every", 0), ("keep", 1), ("eval_tokens", 1), ("n_samples", 1), ("max_new_tokens", 1), ("lr", 0),
+                      ("weight_decay", 0), ("grad_clip", 0), ("temperature", 0), ("top_k", 0)):
+        if getattr(cfg, name) < low:
+            raise UsageError(f"--{name}={getattr(cfg, name)} must be at least {low}, for example --{name}={getattr(TrainConfig, name)}")
+    for name, low, high in (("val_fraction", 0, 1), ("beta1", 0, 1), ("beta2", 0, 1), ("min_lr", 0, 1), ("top_p", 0, 1)):
+        if not low <= getattr(cfg, name) <= high or name in ("val_fraction", "top_p") and getattr(cfg, name) == 0:
+            raise UsageError(f"--{name}={getattr(cfg, name)} must lie between {low} and {high}, for example --{name}={getattr(TrainConfig, name)}")
+    if cfg.dtype == "float16":
+        raise UsageError("--dtype=float16 needs loss scaling (and is slower than float32 on a CPU); use --dtype=bfloat16 or float32")
+    if cfg.keep < 1:
+        raise UsageError(f"--keep={cfg.keep} would delete every checkpoint; use --keep=1 or more")
+    return cfg
+
+
+def typed_or(value):
+    return " ".join(value) if isinstance(value, (list, tuple)) else value
+
+
+def non_default(cfg):
+    return [f"--{f.name}={typed_or(getattr(cfg, f.name))}" for f in dataclasses.fields(cfg)
+            if getattr(cfg, f.name) != f.default and f.name not in ("plan", "resume", "overwrite")]
+
+
+def check_disk(cfg, model, out_dir):
+    """Refuse to start where the checkpoints will not fit."""
+    probe = Path(out_dir).absolute()
+    while not probe.exists():
+        probe = probe.parent
+    need = 12 * sum(p.numel() for p in model.parameters()) * (cfg.keep + 1)      # float32 weights and two moments
+    free = shutil.disk_usage(probe).free
+    if free < need:
+        raise UsageError(f"{out_dir} has {free / 1e9:.2f} GB free and {cfg.keep + 1} checkpoints take {need / 1e9:.2f} GB; "
+                         f"free some, choose another --out_dir, or a smaller --keep")
+    if not os.access(probe, os.W_OK):
+        raise UsageError(f"{out_dir} cannot be written; choose another --out_dir")
+
+
+class Log:
+    """log.jsonl: one JSON object a line, appended and flushed. A resumed run drops what came after its checkpoint."""
+
+    def __init__(self, path, last_step):
+        self.path, self.rows, self.broken = Path(path), [], False
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError):         # the last line of a killed run may be torn
+                    row = json.loads(line)
+                    self.rows += [row] * (row["step"] <= last_step)
+        with atomic_write(self.path, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def add(self, **row):
+        self.rows.append(row)
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:                                 # a full disk must not end the run
+            if not self.broken:
+                print(f"log.jsonl cannot be written ({error.strerror}); training goes on", flush=True)
+            self.broken = True
+
+
+def optimizer_tensors(model, optimizer):
+    """{optimizer.<state>.<parameter>: tensor}; per-parameter step counters are all equal and kept as one number."""
+    return {f"optimizer.{key}.{name}": value for name, p in model.named_parameters()
+            for key, value in optimizer.state.get(p, {}).items() if key != "step"}
+
+
+def model_tensors(model):
+    shared = {"head.weight"} if model.cfg.tie_embeddings else set()
+    return {f"model.{name}": t for name, t in model.state_dict().items() if name not in shared}
+
+
+@torch.no_grad()
+def restore(model, optimizer, tensors, state):
+    """Put a checkpoint's tensors back in place, every one of them."""
+    own = model_tensors(model)
+    if missing := set(own) - set(tensors):
+        raise UsageError(f"the checkpoint lacks {sorted(missing)[:4]}; it belongs to another model")
+    for name, t in own.items():
+        t.copy_(tensors[name])
+    for name, p in model.named_parameters():
+        optimizer.state[p] = {key.split(".")[1]: value.to(p.device).clone() for key, value in tensors.items()
+                              if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
+        optimizer.state[p]["step"] = torch.tensor(float(state["step"]), device=p.device if p.is_cuda else "cpu")
+
+
+# ---- Report (what a person sees) ----
+
+def metrics_line(step, steps, *, loss, lr, gnorm, tok_s, mfu, mem, eta):
+    """One line of progress; narrow terminals lose mfu and mem."""
+    show = lambda value, form: "--" if value is None else format(value, form)
+    wide = f" | mfu {show(mfu, '.1%')} | mem {show(mem, '.1f')} GB" if shutil.get_terminal_size().columns >= 100 else ""
+    return (f"step {step:6d}/{steps} | loss {loss:.4f} | lr {lr:.2e} | gnorm {gnorm:5.2f} | {tok_s / 1e3:5.1f}k tok/s{wide} | "
+            f"eta {clock(eta)}")
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+
+
+def spark(values, width=40):
+    """A curve in one line of text, from the lowest (space) to the highest (full block)."""
+    values = [values[i * len(values) // width] for i in range(width)] if len(values) > width else values
+    top = max(values) or 1
+    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * v / top)] for v in values)
+
+
+def polyline(points, box, color):
+    """SVG of a curve; at most 600 places across, each keeping its lowest and highest point, so no spike is lost."""
+    (x0, x1), (y0, y1), (w, h) = box
+    per = max(1, len(points) // 600)
+    kept = []
+    for i in range(0, len(points), per):
+        part = points[i:i + per]
+        ends = [min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])]
+        kept += sorted(set(ends))
+    at = lambda x, y: f"{(x - x0) / ((x1 - x0) or 1) * w:.1f},{h - (y - y0) / ((y1 - y0) or 1) * h:.1f}"
+    return f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(at(*p) for p in kept)}"/>'
+
+
+def chart(title, series):
+    """One panel: {name: [(x, y)]} on common axes, with the range written at its corners."""
+    series = {name: [p for p in points if math.isfinite(p[1])] for name, points in series.items()}
+    xs, ys = ([p[i] for points in series.values() for p in points] for i in (0, 1))
+    if not xs:
+        return ""
+    box = ((min(xs), max(xs)), (min(ys), max(ys)), (560, 180))
+    colors = ("#4477aa", "#cc6644", "#228833")
+    lines = "".join(polyline(points, box, color) for points, color in zip(series.values(), colors) if points)
+    key = "".join(f'<tspan fill="{color}" dx="8">{name}</tspan>' for name, color in zip(series, colors))
+    return (f'<figure><svg viewBox="-70 -28 650 236"><text x="0" y="-10" class="t">{title}{key}</text>'
+            f'<rect width="560" height="180" fill="none" stroke="#8886"/>{lines}'
+            f'<text x="-6" y="10" text-anchor="end">{max(ys):.4g}</text><text x="-6" y="180" text-anchor="end">{min(ys):.4g}</text>'
+            f'<text x="0" y="198">{min(xs):,}</text><text x="560" y="198" text-anchor="end">{max(xs):,}</text></svg></figure>')
+
+
+def write_report(path, cfg, rows, samples, facts, running):
+    """One HTML file without scripts or links; it reloads itself while the run lives."""
+    curve = lambda key: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    charts = [chart("loss, nats per token", {"train": curve("loss"), "validation": curve("val_loss")}),
+              chart("validation, bits per byte", {"": curve("val_bpb")}), chart("learning rate", {"": curve("lr")}),
+              chart("gradient norm", {"": curve("grad_norm")}), chart("tokens per second", {"": curve("tok_per_s")}),
+              chart("expert load: largest over mean, less one", {"": curve("max_vio")})]
+    text = "".join(f"<h3>step {step}</h3><pre>{html.escape(sample)}</pre>" for step, sample in reversed(samples))
+    with atomic_write(path, "w") as file:
+        file.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(cfg.out_dir)}</title>'
+                   + '<meta http-equiv="refresh" content="10">' * running +
+                   '<meta name="viewport" content="width=device-width"><style>:root{color-scheme:light dark}'
+                   'body{font:15px system-ui;margin:2em auto;max-width:1240px;padding:0 1em}svg{width:100%}'
+                   'svg text{font-size:13px;fill:currentColor}.t{font-weight:600}figure{margin:0}'
+                   'main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:1em}'
+                   'pre{overflow-x:auto;padding:1em;border:1px solid #8886;white-space:pre-wrap}</style>'
+                   f"<h1>{html.escape(cfg.out_dir)}</h1><pre>{html.escape(facts)}</pre><main>{''.join(charts)}</main>"
+                   f"<h2>Samples</h2>{text or '<p>none yet</p>'}</html>")
+
+
+# ---- Plan (what would run?) ----
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}   # dense bf16, by device name
+
+
+def peak_flops(device, dtype):
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)), None)
+
+
+def describe(cfg, model, device, dtype, reason, ranks):
+    """The facts of a run, as printed before step 0."""
+    rows, micro, accumulate = batch_shape(cfg, ranks)
+    total, active = sum(p.numel() for p in model.parameters()), model_lib.active_parameters(model)
+    parts = ", ".join(f"{kind} {count:,}" for kind, count in model_lib.parameter_table(model).items())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    tokens = cfg.steps * cfg.tokens_per_step
+    flags = " ".join(non_default(cfg)) or "all at their defaults"
+    state = 16 * total                                           # float32 weights, gradients and two moments
+    return "\n".join((
+        f"device   {name} x {ranks} | {str(dtype)[6:]} ({reason}) | kernels: {kernels.use(cfg.kernels)} | "
+        f"compile: {'on' if cfg.compile else 'off'} | torch {torch.__version__}",
+        f"model    {total:,} parameters" + (f", {active:,} active a token" if active != total else "") + f" ({parts})",
+        f"         {cfg.n_layer} layers, {model_lib.flops_per_token(model, cfg.seq_len) / 1e6:,.1f} MFLOPs a token, "
+        f"{state / 1e9:.2f} GB of weights, gradients and optimizer state",
+        f"batch    {cfg.tokens_per_step:,} tokens a step = {rows} rows of {cfg.seq_len} = {micro} rows x {accumulate} accumulated x {ranks} rank{'s' * (ranks > 1)}",
+        f"run      {cfg.steps:,} steps = {tokens:,} tokens = {tokens / total:.1f} a parameter",
+        f"lr       {spark([learning_rate(cfg, s) for s in range(cfg.steps)])}  peak {cfg.lr:g}, end {learning_rate(cfg, cfg.steps - 1):g}",
+        f"flags    {flags}",
+        f"output   {cfg.out_dir}/ (stop with Ctrl-C at any time; go on with: python train.py --out_dir={cfg.out_dir} --resume)"))
+
+
+def plan(cfg):
+    """Print the facts without touching data; the real run does exactly this."""
+    ranks = dist.validate(cfg)
+    world = dist.init(cfg) if ranks == 1 else dist.World(device=torch.device("cpu"))
+    dtype, reason = compute_dtype(cfg, world.device)
+    cfg = model_flags_of(cfg, {})[0] if cfg.init_from else cfg
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(cfg, model_lib.meta_model(cfg), world.device, dtype, reason, ranks), flush=True)
+
+
+# ---- Sample and bench ----
+
+def sample(cfg):
+    world = dist.init(cfg)
+    source = Path(cfg.init_from or cfg.out_dir)
+    if not source.is_dir():
+        raise UsageError(f"there is no run in {source}; train one first with: python train.py --out_dir={source}")
+    if cfg.resume and cfg.resume != "latest":
+        source = Path(cfg.resume)
+    model = model_lib.from_pretrained(source, world.device)
+    home = Path(cfg.init_from or cfg.out_dir)
+    tok = tok_lib.load(cfg.tokenizer or (home / "tokenizer" if (home / "tokenizer").is_dir() else home))
+    dtype, _ = compute_dtype(cfg, world.device)
+    texts = sample_text(model, tok, end_of_text(tok), cfg.prompt, cfg.n_samples, cfg, world.device, dtype, cfg.seed, cfg.max_new_tokens)
+    for number, text in enumerate(texts):
+        print(f"--- sample {number + 1} of {cfg.n_samples}\n{text}", flush=True)
+
+
+def end_of_text(tok):
+    names = [name for name in data.END_OF_TEXT if name in tok.special]
+    if not names:
+        raise UsageError(f"the tokenizer has none of {data.END_OF_TEXT}; add one of them as a special token")
+    return tok.special[names[0]]
+
+
+def bench(cfg):
+    """Tokens per second of whole training steps (forward, backward, clip, update) on random tokens: ours, and a nanoGPT
+    checkout's model with its own optimizer as shipped and under the same autocast, step by step in turn."""
+    world = dist.init(cfg)
+    kernels.use(cfg.kernels)
+    dtype, _ = compute_dtype(cfg, world.device)
+    rows, micro, accumulate = batch_shape(cfg, world.size)
+    B, T = micro, cfg.seq_len
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(cfg.vocab_size, (B, T + 1), generator=g)
+    batch = dict(tokens=ids[:, :-1].contiguous(), targets=ids[:, 1:].contiguous(), weights=torch.ones(B, T),
+                 positions=torch.arange(T).expand(B, T).contiguous(), doc_ids=torch.zeros(B, T, dtype=torch.long))
+    batch = {name: t.to(world.device) for name, t in batch.items()}
+    model = Model(cfg).to(world.device)
+    step = compiled_step(model, cfg, world)
+    optimizer = OPTIMIZERS[cfg.optimizer](model, cfg)
+
+    def ours(dtype=dtype):
+        with autocast(world.device, dtype):
+            loss_sum, weight, _ = step(batch)
+        (loss_sum / weight).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss_sum.item()
+
+    runs = {f"this repo, {str(dtype)[6:]}": ours}
+    if cfg.bench_peer:
+        runs |= _nanogpt_steps(cfg, batch, world.device, dtype)
+    print(f"{torch.cuda.get_device_name() if world.device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'} | torch "
+          f"{torch.__version__} | {cfg.n_layer} layers, n_embd {cfg.n_embd}, {B} rows of {T}, vocabulary {cfg.vocab_size}, "
+          f"attn {cfg.attn}, act {cfg.act}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    times = kernels.best_ms(list(runs.values()), world.device.type)
+    for name, ms in zip(runs, times):
+        print(f"{name:36s} {ms:9.1f} ms/step {B * T / ms * 1e3:12,.0f} tok/s   {ms / times[0]:5.2f}x our time", flush=True)
+
+
+def _nanogpt_steps(cfg, batch, device, dtype):
+    import importlib.util
+    path = Path(cfg.bench_peer) / "model.py"
+    if not path.is_file():
+        raise UsageError(f"--bench_peer={cfg.bench_peer} holds no model.py; give a checkout of nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    peer_lib = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = peer_lib                      # its dataclass looks itself up there
+    spec.loader.exec_module(peer_lib)
+    steps = {}
+    for kind in dict.fromkeys((torch.float32, dtype)):
+        with contextlib.redirect_stdout(None):
+            peer = peer_lib.GPT(peer_lib.GPTConfig(block_size=cfg.seq_len, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer,
+                                                   n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=0.0, bias=False)).to(device)
+            optimizer = peer.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+
+        def step(peer=peer, optimizer=optimizer, kind=kind):
+            with autocast(device, kind):
+                _, loss = peer(batch["tokens"], batch["targets"])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.item()
+
+        steps[f"nanoGPT, {str(kind)[6:]}" + (" (as shipped)" if kind == torch.float32 else " autocast added")] = step
+    return steps
+
+
+# ---- Main ----
+
+def model_flags_of(cfg, typed):
+    """(cfg with the architecture of --init_from, its model). Typed flags may not contradict the weights."""
+    source = model_lib.from_pretrained(cfg.init_from)
+    shape = {f.name: getattr(source.cfg, f.name) for f in dataclasses.fields(ModelConfig) if f.name not in ("seed", "seq_len")}
+    if source.cfg.pos == "learned" and "seq_len" not in typed:
+        shape["seq_len"] = source.cfg.seq_len
+    for name, value in shape.items():
+        if name in typed and typed[name] != value and "dropout" not in name and name != "bias_lr":
+            raise UsageError(f"--{name}={typed[name]}, but the weights in {cfg.init_from} have {value}; leave --{name} out")
+    if source.cfg.pos == "learned" and cfg.seq_len > source.cfg.seq_len and "seq_len" in typed:
+        raise UsageError(f"--seq_len={cfg.seq_len}, but {cfg.init_from} has learned positions for {source.cfg.seq_len} tokens only")
+    keep = {name: typed[name] for name in typed if "dropout" in name or name == "bias_lr"}
+    return dataclasses.replace(cfg, **shape | keep), source
+
+
+def compiled_step(model, cfg, world):
+    """parallelize(model), its blocks compiled if asked; without a C++ compiler on a CPU it stays eager and says so."""
+    if cfg.compile and world.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        world.print("compile: no C++ compiler (g++) on this machine, so the blocks run eagerly")
+    elif cfg.compile:
+        for block in model.blocks:
+            block.compile()
+    return dist.parallelize(model, world)
+
+
+def prepare_data(cfg, world, state):
+    """(folder, meta, tokenizer): rank 0 prepares, the others open; a resumed run must find the text it began with."""
+    saved = state and Path(data.cache_root(cfg, cfg.out_dir)) / state["data"]
+    if saved and (saved / "meta.json").is_file():
+        folder = saved
+    else:
+        if cfg.init_from and not cfg.tokenizer:
+            home = Path(cfg.init_from)
+            cfg.tokenizer = str(home / "tokenizer" if (home / "tokenizer").is_dir() else home)
+        folder = data.prepare(cfg, cfg.vocab_size, cfg.out_dir, world.print) if world.main else ""
+        folder = Path(dist.from_main(world, str(folder)))
+        if state and folder.name != state["data"]:
+            raise UsageError(f"the text changed since the checkpoint was saved ({state['data']} then, {folder.name} now); "
+                             f"restore the files of --input, or begin a new run from the weights with --init_from={cfg.out_dir}")
+    return folder, *data.open_prepared(folder)
+
+
+def main(argv):
+    parser = tok_lib.Parser(prog="train.py", description="Pretrain a language model.")
+    tok_lib.add_flags(parser, TrainConfig, dict(
+        attn=ATTENTION, norm=NORMS, act=ACTIVATIONS, pos=POSITIONS, router=ROUTERS, optimizer=OPTIMIZERS, schedule=SCHEDULES,
+        preset=PRESETS, packing=data.PACKERS, kernels=kernels.KERNELS, dtype=("auto", "float32", "bfloat16", "float16"),
+        device=("auto", "cpu", "cuda"), objective=("clm",)))
+    typed = vars(parser.parse_args(argv))
+    cfg = settle_config(typed)
+    ranks = dist.validate(cfg)
+    batch_shape(cfg, ranks)
+    kernels.use(cfg.kernels)
+    for chosen, action in ((cfg.plan, plan), (cfg.sample, sample), (cfg.bench, bench)):
+        if chosen:
+            return action(cfg)
+    train(cfg, typed)
+
+
+def train(cfg, typed):
+    # everything that can be refused is refused before a run folder is touched
+    source = None
+    if cfg.init_from:
+        cfg, source = model_flags_of(cfg, typed)
+    check_disk(cfg, model_lib.meta_model(cfg), cfg.out_dir)
+    world = dist.init(cfg)
+    out, say = Path(cfg.out_dir), world.print
+    loaded = None
+    if cfg.resume:
+        loaded = (dist.read_checkpoint(cfg.resume) if cfg.resume != "latest" else dist.newest_checkpoint(out / "ckpt", say))
+        if loaded is None:
+            say(f"--resume: {out} has no checkpoint yet, so the run begins at step 0")
+    tensors, state, start = loaded or ({}, None, 0)
+    folder, meta, tok = prepare_data(cfg, world, state)
+    if "vocab_size" in typed and cfg.tokenizer and cfg.vocab_size < tok.n_vocab or source and cfg.vocab_size < tok.n_vocab:
+        raise UsageError(f"the tokenizer has {tok.n_vocab} ids, --vocab_size={cfg.vocab_size} is too small for them; leave it out")
+    cfg.vocab_size = cfg.vocab_size if source or "vocab_size" in typed and cfg.tokenizer else tok.n_vocab
+    if state and state["config"]["vocab_size"] != cfg.vocab_size:
+        raise UsageError(f"the tokenizer has {cfg.vocab_size} ids, the checkpoint {state['config']['vocab_size']}")
+    loaders = {split: data.Loader(folder, split, cfg.seq_len, cfg.seed, cfg.packing, split == "train", meta["eot"])
+               for split in ("train", "val")}
+
+    # the model, its optimizer, and where the run stands
+    dtype, reason = compute_dtype(cfg, world.device)
+    model = (source or Model(cfg)).to(world.device)
+    model.cfg = cfg
+    optimizer = OPTIMIZERS[cfg.optimizer](model, cfg)
+    if loaded:
+        restore(model, optimizer, tensors, state)
+        tensors = loaded = None
+    step_fn, shape = compiled_step(model, cfg, world), batch_shape(cfg, world.size)
+    facts = describe(cfg, model, world.device, dtype, reason, world.size)
+    facts += (f"\ndata     {meta['documents']:,} documents: {meta['train_tokens']:,} training tokens, {meta['val_tokens']:,} for validation "
+              f"({meta['train_bytes'] / meta['train_tokens']:.2f} bytes a token); {loaders['train'].n_rows:,} rows an epoch")
+    say(facts)
+    if start >= cfg.steps:
+        say(f"the run is complete: step {start} of {cfg.steps}; give a larger --steps to go on")
+        return dist.shutdown()
+    log = start_run_folder(cfg, world, model, tok, start) if world.main else None
+
+    stop = []                                                    # signals only raise a flag; the step is finished first
+    def on_signal(number, frame):
+        signal.signal(number, signal.SIG_DFL)                    # a second one ends the process at once
+        stop.append(number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+
+    flops, peak = model_lib.flops_per_token(model, cfg.seq_len), peak_flops(world.device, dtype)
+    seconds, samples, recent, paused, begun = state["seconds"] if state else 0.0, [], [], 0.0, time.perf_counter()
+
+    def save(step):
+        if world.main:
+            try:
+                dist.save_checkpoint(out / "ckpt", step, model_tensors(model) | optimizer_tensors(model, optimizer),
+                                     dict(step=step, next_sample=step * shape[0], tokens=step * cfg.tokens_per_step, seconds=seconds,
+                                          data=folder.name, config=dataclasses.asdict(cfg)), cfg.keep)
+            except OSError as error:
+                say(f"checkpoint at step {step} NOT saved ({error.strerror}); training goes on, next try at the next interval")
+        dist.barrier(world)
+
+    model.train()
+    for step in range(start, cfg.steps):
+        tick = time.perf_counter()
+        batches, weight = micro_batches(loaders["train"], step, shape, world)
+        lr = learning_rate(cfg, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + world.rank)       # dropout: a function of the step
+        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        for i, batch in enumerate(batches):
+            with dist.accumulating(step_fn, last=i == len(batches) - 1):
+                with autocast(world.device, dtype):
+                    part, _, _ = step_fn(to_device(batch, world.device))
+                (part * (world.size / weight)).backward()
+                loss_sum += part.detach()
+        gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        loss, gnorm, stopping = dist.all_sum(world, torch.stack(
+            [loss_sum / weight, gnorm.double() / world.size, torch.tensor(float(len(stop)), device=world.device)])).tolist()
+        if not math.isfinite(loss + gnorm):
+            raise UsageError(f"step {step + 1}: loss {loss}, gradient norm {gnorm}: not finite, so the weights were not touched; the last "
+                             f"checkpoint in {out}/ckpt is good. Go on with a smaller --lr than {cfg.lr:g}, from it, with --init_from={out}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        metrics = update_biases(model, world)
+
+        took = time.perf_counter() - tick
+        seconds, recent = seconds + took, (recent + [took])[-50:]
+        done, last = step + 1, step + 1 == cfg.steps or bool(stopping)
+        tok_s = cfg.tokens_per_step / took
+        if world.main:
+            log.add(step=done, loss=loss, lr=lr, grad_norm=gnorm, tokens=done * cfg.tokens_per_step, tok_per_s=tok_s, seconds=seconds, **metrics)
+            if done % cfg.log_every == 0 or last or done == start + 1:
+                typical = sorted(recent)[len(recent) // 2]
+                spent = time.perf_counter() - begun
+                say(metrics_line(done, cfg.steps, loss=loss, lr=lr, gnorm=gnorm, tok_s=cfg.tokens_per_step / typical,
+                                 mfu=peak and flops * tok_s / world.size / peak, eta=(cfg.steps - done) * typical * (1 + paused / max(1e-9, spent - paused)),
+                                 mem=torch.cuda.max_memory_allocated() / 1e9 if world.device.type == "cuda" else None))
+        tick = time.perf_counter()
+        if done == cfg.steps or cfg.eval_every and done % cfg.eval_every == 0 and not stopping:
+            scores = evaluate(model, loaders["val"], meta, cfg, world, dtype)
+            if world.main:
+                text = sample_text(model, tok, meta["eot"], "", 1, cfg, world.device, dtype, cfg.seed + done, 100)[0]
+                samples.append((done, text))
+                log.add(step=done, **scores, seconds=seconds)
+                say(f"eval {done:6d}/{cfg.steps} | val loss {scores['val_loss']:.4f} | ppl {scores['val_ppl']:.2f} | bits/byte {scores['val_bpb']:.4f}\n"
+                    + "\n".join("  | " + line for line in text.splitlines()[:12]))
+        if last or cfg.save_every and done % cfg.save_every == 0:
+            save(done)
+        if world.main and (last or cfg.eval_every and done % cfg.eval_every == 0):
+            write_report(out / "report.html", cfg, log.rows, samples, facts, running=not last)
+        paused += time.perf_counter() - tick
+        if stopping:
+            say(f"stopped at step {done}; go on with: python train.py --out_dir={out} --resume")
+            break
+    else:
+        say(f"done in {clock(time.perf_counter() - begun)}: {out}/report.html shows the run; sample with: python train.py --out_dir={out} --sample")
+    dist.shutdown()
+
+
+def start_run_folder(cfg, world, model, tok, start):
+    """Clear a replaced run, write config.json and the tokenizer, open the log."""
+    out = Path(cfg.out_dir)
+    if cfg.overwrite:
+        for name in OURS[:-1]:                                   # prepared data is named by its content and stays
+            shutil.rmtree(out / name, ignore_errors=True) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+    total = sum(p.numel() for p in model.parameters())
+    config = dataclasses.asdict(cfg) | dict(layout=dict(dp=world.size), params_total=total, params_local=[total] * world.size)
+    tok.save(out / "tokenizer")
+    with atomic_write(out / "config.json", "w") as file:
+        json.dump(config, file, indent=1)
+    return Log(out / "log.jsonl", start)
+
+
+if __name__ == "__main__":
+    tok_lib.run_cli(main)
