@@ -42,6 +42,9 @@ class DistConfig:
     timeout: int = 1800            # seconds after which a rank that waits for another gives up
 
 
+DEVICES = ("auto", "cpu", "cuda")  # flag --device
+
+
 # ---- The world (who am I among how many?) ----
 
 @dataclass
@@ -67,8 +70,8 @@ def validate(cfg):
     if cfg.dp and cfg.dp != size:
         raise UsageError(f"--dp={cfg.dp} but {size} process{'es were' if size > 1 else ' was'} started; leave --dp out or run "
                          f"torchrun --nproc_per_node={cfg.dp} train.py")
-    if cfg.device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device={cfg.device} is not known; use auto, cpu or cuda")
+    if cfg.device not in DEVICES:
+        raise UsageError(f"--device={cfg.device} is not known; use one of {DEVICES}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device=cuda but no GPU answers here; use --device=cpu or auto")
     return size

@@ -38,6 +38,7 @@ except ImportError:                        # CPU builds of torch come without it
     class tl:
         constexpr = None
 
+KERNELS = ("auto", "triton", "torch")      # flag --kernels
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -67,9 +68,6 @@ def use(choice):
     if choice == "triton" or choice == "auto" and triton is not None and torch.cuda.is_available():
         return "triton" + (" (interpreted)" if INTERPRET else "")
     return "torch" + ("" if choice == "torch" else " (no GPU)" if triton else " (triton is not installed)")
-
-
-KERNELS = ("auto", "triton", "torch")      # flag --kernels
 
 
 def takes_triton(x):
@@ -184,12 +182,11 @@ def linear_cross_entropy_ref(x_MD, w_VD, targets_M, weights_M):
 
 
 @jit
-def _cross_entropy_rows(logit_ptr, target_ptr, weight_ptr, loss_ptr, V, stride, GRAD: tl.constexpr, BLOCK_V: tl.constexpr):
+def _cross_entropy_rows(logit_ptr, target_ptr, nll_ptr, V, stride, GRAD: tl.constexpr, BLOCK_V: tl.constexpr):
     # grid (rows of the chunk,): the first sweep finds max and sum of exp together (rescaling the sum whenever the max
     # grows), the second overwrites the logits by their gradient; a row of a small vocabulary stays in cache between them
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
-    weight = tl.load(weight_ptr + row).to(tl.float32)
     row_ptr = logit_ptr + row * stride
     high = tl.full([], -float("inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
@@ -200,37 +197,35 @@ def _cross_entropy_rows(logit_ptr, target_ptr, weight_ptr, loss_ptr, V, stride, 
         total = total * tl.exp(high - higher) + tl.sum(tl.exp(l_V - higher), 0)
         high = higher
     lse = high + tl.log(total)
-    tl.store(loss_ptr + row, weight * (lse - tl.load(row_ptr + target).to(tl.float32)))
+    tl.store(nll_ptr + row, lse - tl.load(row_ptr + target).to(tl.float32))
     if GRAD:
         for start in range(0, V, BLOCK_V):
             col_V = start + tl.arange(0, BLOCK_V)
             l_V = tl.load(row_ptr + col_V, mask=col_V < V, other=-float("inf")).to(tl.float32)
-            d_V = weight * (tl.exp(l_V - lse) - tl.where(col_V == target, 1.0, 0.0))
+            d_V = tl.exp(l_V - lse) - tl.where(col_V == target, 1.0, 0.0)
             tl.store(row_ptr + col_V, d_V, mask=col_V < V)
 
 
-def _cross_entropy_chunk(logits_CV, targets_C, weights_C, grad):
-    """Loss of each row; with `grad` the logits are overwritten by their gradient. Triton on a GPU, torch elsewhere."""
+def _cross_entropy_chunk(logits_CV, targets_C, grad):
+    """nll of each row; with `grad` the logits are overwritten by softmax - onehot. Triton on a GPU, torch elsewhere."""
     if takes_triton(logits_CV):
-        loss_C = torch.empty(len(logits_CV), device=logits_CV.device, dtype=torch.float32)
-        _cross_entropy_rows[(len(logits_CV),)](logits_CV, targets_C, weights_C, loss_C, logits_CV.shape[1],
-                                               logits_CV.stride(0), GRAD=grad,
+        nll_C = torch.empty(len(logits_CV), device=logits_CV.device, dtype=torch.float32)
+        _cross_entropy_rows[(len(logits_CV),)](logits_CV, targets_C, nll_C, logits_CV.shape[1], logits_CV.stride(0), GRAD=grad,
                                                BLOCK_V=min(4096, triton.next_power_of_2(logits_CV.shape[1])))
-        return loss_C
-    wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    picked_C = wide_CV.gather(1, targets_C[:, None]).squeeze(1)
-    lse_C = torch.logsumexp(wide_CV, 1)
+        return nll_C
+    target_C1 = targets_C[:, None]
+    logp_CV = torch.log_softmax(logits_CV, 1, dtype=torch.promote_types(logits_CV.dtype, torch.float32))
+    nll_C = -logp_CV.gather(1, target_C1).squeeze(1)
     if grad:
-        p_CV = wide_CV.sub_(lse_C[:, None]).exp_()
-        p_CV.scatter_add_(1, targets_C[:, None], p_CV.new_full((len(p_CV), 1), -1.0))
-        logits_CV.copy_(p_CV.mul_(weights_C[:, None]))
-    return (lse_C - picked_C) * weights_C
+        p_CV = logp_CV.exp_()
+        logits_CV.copy_(p_CV.scatter_add_(1, target_C1, p_CV.new_full(target_C1.shape, -1.0)))
+    return nll_C
 
 
 def chunk_rows(x_MD, V):
-    """Rows whose logits fill the buffer: 256 MB on a GPU (large products), 8 MB on a CPU (stays in cache).   [Liger sec 3.2]"""
-    rows = (256 << 20 if x_MD.is_cuda else 8 << 20) // (V * x_MD.element_size())
-    return max(256, rows)
+    """Rows whose logits fill the buffer: 256 MB on a GPU (large products), 4 MB on a CPU (stays in cache).   [Liger sec 3.2]"""
+    rows = (256 << 20 if x_MD.is_cuda else 4 << 20) // (V * x_MD.element_size())
+    return max(128, rows)
 
 
 @torch.library.custom_op("flatlm::linear_cross_entropy", mutates_args=())
@@ -247,10 +242,12 @@ def _linear_cross_entropy(x_MD: torch.Tensor, w_VD: torch.Tensor, targets_M: tor
         for start in range(0, len(x_MD), rows):
             here = slice(start, start + rows)
             logits_CV = x_MD[here] @ weight_VD.T
-            loss += _cross_entropy_chunk(logits_CV, targets_M[here], weights_M[here], grad).sum()
-            if grad:                                             # the chunk now holds d loss / d logits
+            loss += (_cross_entropy_chunk(logits_CV, targets_M[here], grad) * weights_M[here]).sum()
+            if grad:                 # the chunk now holds softmax - onehot; the row weights go onto the narrow factors
+                weights_C1 = weights_M[here, None].to(x_MD.dtype)
                 torch.mm(logits_CV, weight_VD, out=dx_MD[here])
-                dw_VD += logits_CV.T @ x_MD[here]
+                dx_MD[here] *= weights_C1
+                dw_VD += logits_CV.T @ (x_MD[here] * weights_C1)
     return loss, dx_MD, dw_VD.to(w_VD.dtype)
 
 

@@ -20,13 +20,13 @@ Run me:      python tokenizer.py                  (trains a vocabulary on a para
              python tokenizer.py train --vocab_size=4096 --input book.txt --out tok
 """
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
 import functools
 import gzip
 import heapq
-import inspect
 import json
 import os
 import re
@@ -90,10 +90,10 @@ class Parser(argparse.ArgumentParser):
     """argparse that never guesses an abbreviation, says errors in one line and suggests the nearest flag."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
-        raise UsageError(message.removeprefix("argument "))
+        raise UsageError(re.sub(r"\(choose from (.*)\)", r"(use \1)", message.removeprefix("argument ")))
 
     def parse_args(self, args=None, namespace=None):
         known, unknown = self.parse_known_args(args, namespace)
@@ -107,42 +107,72 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
-def add_flags(parser, config, choices=None):
-    """One flag per dataclass field, grouped by the file that owns it: the field's name is the flag, its default gives
-    the type, its trailing comment is the help. Only flags that were typed appear in the parsed namespace."""
-    for owner in reversed(config.__mro__[:-1]):
-        own = [f for f in dataclasses.fields(config) if f.name in owner.__dict__.get("__annotations__", {})]
-        comment = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(owner), re.M))
-        group = parser.add_argument_group(f"{Path(inspect.getfile(owner)).name}")
-        for field in own:
-            how = dict(type=READ_AS[type(field.default)], default=argparse.SUPPRESS, metavar=field.name.upper())
-            if field.name in (choices or {}):
-                how["choices"] = list(choices[field.name])
+def read_config(path):
+    """What the source text of a file says of its flags, without importing it (torch takes seconds to import, a typing
+    error should not): ({field: (default, comment, bare, many)}, {flag: choices}).
+
+    A field of the file's `@dataclass class ...Config` is a flag; a dict or tuple whose first line ends in
+    `# flag --name` lists the values that flag may take."""
+    source = Path(path).read_text(encoding="utf-8")
+    lines, fields, choices = source.split("\n"), {}, {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+            for item in (n for n in node.body if isinstance(n, ast.AnnAssign)):
+                comment = lines[item.end_lineno - 1][item.end_col_offset:].partition("#")[2].strip()
+                value, options = item.value, {}
+                if isinstance(value, ast.Call):                  # flag(default, bare=..., many=...)
+                    options = {k.arg: ast.literal_eval(k.value) for k in value.keywords}
+                    value = value.args[0]
+                fields[item.target.id] = (ast.literal_eval(value), comment, options.get("bare"), options.get("many"))
+        elif isinstance(node, ast.Assign) and "# flag --" in lines[node.lineno - 1]:
+            name = re.search(r"# flag --(\w+)", lines[node.lineno - 1])[1]
+            entries = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
+            choices[name] = [ast.literal_eval(entry) for entry in entries]
+    return fields, choices
+
+
+def add_flags(parser, files):
+    """One flag per config field, grouped by the file that owns it: the field's name is the flag, its default gives the
+    type, its trailing comment is the help. Only flags that were typed appear in the parsed namespace."""
+    read = {Path(path).name: read_config(path) for path in files}
+    choices = {flag: values for _, table in read.values() for flag, values in table.items()}
+    for file, (fields, _) in read.items():
+        group = parser.add_argument_group(file)
+        for name, (default, comment, bare, many) in fields.items():
+            how = dict(type=READ_AS[type(default)], default=argparse.SUPPRESS, metavar=name.upper())
+            if name in choices:
+                how["choices"] = choices[name]
                 how.pop("metavar")
-            if isinstance(field.default, bool):
+            if isinstance(default, bool):
                 how.update(nargs="?", const=True, metavar="BOOL")
-            elif field.metadata.get("bare") is not None:
-                how.update(nargs="?", const=field.metadata["bare"])
-            elif field.metadata.get("many"):
+            elif bare is not None:
+                how.update(nargs="?", const=bare)
+            elif many:
                 how.update(nargs="+")
-            text = f"{comment[field.name]} (default: {field.default!r})".replace("%", "%%")
-            group.add_argument(f"--{field.name}", help=text, **how)
+            group.add_argument(f"--{name}", help=f"{comment} (default: {default!r})".replace("%", "%%"), **how)
 
 
-def run_cli(main):
-    """Run main(argv); a user's mistake is one line on stderr and exit code 2, never a traceback."""
-    name = Path(sys.argv[0]).name
+@contextlib.contextmanager
+def plain_errors():
+    """A user's mistake is one line on stderr and exit code 2, never a traceback."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        yield
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":                  # under torchrun one rank speaks for all
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except BrokenPipeError:                                     # python FILE.py | head: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def run_cli(main):
+    """The entry of every file: main(argv) with plain errors."""
+    with plain_errors():
+        main(sys.argv[1:])
+        sys.stdout.flush()
 
 
 # ---- Files (where documents come from, and how nothing is ever left half written) ----
@@ -259,7 +289,7 @@ def warn_about(report):
 
 # ---- Pre-token patterns (where may a token never reach across?) ----
 
-PATTERNS = {                         # flag --pattern; every character of a text falls in exactly one match
+PATTERNS = {                         # every character of a text falls in exactly one match
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     "cl100k": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
               r"""\s*[\r\n]+|\s+(?!\S)|\s+""",
@@ -582,20 +612,20 @@ def _load_json(path):
         model, steps = spec["model"], spec["pre_tokenizer"]
         steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
         kinds = [step["type"] for step in steps]
-        if model["type"] != "BPE" or kinds not in (["ByteLevel"], ["Split", "ByteLevel"]) or spec.get("normalizer"):
-            raise UsageError(f"{path}: only byte-level BPE without a normaliser is read, this is {model['type']} after {kinds}")
-        pattern = PATTERNS["gpt2"] if kinds == ["ByteLevel"] else steps[0]["pattern"]["Regex"]
-        byte_of = {character: b for b, character in byte_alphabet().items()}
-        special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        ranks = {bytes(byte_of[c] for c in token): i for token, i in model["vocab"].items() if token not in special}
+        readable = model["type"] == "BPE" and kinds in (["ByteLevel"], ["Split", "ByteLevel"]) and not spec.get("normalizer")
+        if readable:
+            pattern = PATTERNS["gpt2"] if kinds == ["ByteLevel"] else steps[0]["pattern"]["Regex"]
+            byte_of = {character: b for b, character in byte_alphabet().items()}
+            special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+            ranks = {bytes(byte_of[c] for c in token): i for token, i in model["vocab"].items() if token not in special}
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise UsageError(f"{path}: not a whole tokenizer.json ({type(error).__name__}: {error}); save or copy it again") from None
+    if not readable:
+        raise UsageError(f"{path}: only byte-level BPE without a normaliser is read, this is {model['type']} after {kinds}")
     return ByteBPE(ranks, pattern, special)
 
 
-TOKENIZERS = {"bbpe": train_bbpe}    # flag --model of `train`
+TOKENIZERS = {"bbpe": train_bbpe}    # --model of the command train
 
 
 # ---- Command line ----

@@ -34,19 +34,34 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizer as tok_lib
+
+FILES = ["tokenizer.py", "data.py", "kernels.py", "dist.py", "attention.py", "moe.py", "model.py", "train.py"]
+
+
+def parse(argv):
+    """{flag: value} of what was typed."""
+    parser = tok_lib.Parser(prog="train.py", usage="train.py [--flag=value ...]", description="Pretrain a language model. "
+                            "Every flag is a field of the config in the file that heads its group.")
+    tok_lib.add_flags(parser, [Path(__file__).parent / name for name in FILES])
+    return vars(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    with tok_lib.plain_errors():                                 # a mistyped flag fails here, before torch takes its seconds
+        parse(sys.argv[1:])
+
 import torch
 
 import data
 import dist
 import kernels
 import model as model_lib
-import tokenizer as tok_lib
-from attention import ATTENTION, POSITIONS
 from data import DataConfig
 from dist import DistConfig
 from kernels import KernelConfig
-from model import ACTIVATIONS, NORMS, PRESETS, Model, ModelConfig
-from moe import ROUTERS, update_biases
+from model import PRESETS, Model, ModelConfig
+from moe import update_biases
 from tokenizer import TokenizerConfig, UsageError, atomic_write, flag
 
 
@@ -99,7 +114,9 @@ def adamw(model, cfg):
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
 
 
-OPTIMIZERS = {"adamw": adamw}      # flag --optimizer
+OPTIMIZERS = {                     # flag --optimizer
+    "adamw": adamw,
+}
 
 
 # ---- Schedules (pure functions of the progress, so a resumed run needs no state) ----
@@ -120,6 +137,10 @@ def learning_rate(cfg, step):
 
 
 # ---- Precision (which type do the products run in?) ----
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")      # flag --dtype
+OBJECTIVES = ("clm",)                                    # flag --objective
+
 
 def compute_dtype(cfg, device):
     """(dtype, reason). bfloat16 is the default on GPUs and on CPUs with instructions for it; elsewhere it is emulated."""
@@ -236,7 +257,7 @@ def settle_config(typed):
         if not (path / "manifest.json").is_file():
             raise UsageError(f"--resume={path} is not a checkpoint (no manifest.json); give a folder such as "
                              f"{cfg.out_dir}/ckpt/step_00000250, or bare --resume for the newest")
-        saved = dist.read_checkpoint(path)[1]["config"]
+        saved = saved or dist.read_checkpoint(path)[1]["config"]
     if cfg.resume and cfg.overwrite:
         raise UsageError("--resume goes on with a run and --overwrite deletes it; give one of them")
     if cfg.resume and cfg.init_from and (saved or {}).get("init_from", cfg.init_from) != cfg.init_from:
@@ -249,8 +270,8 @@ def settle_config(typed):
         if differ:
             raise UsageError(f"the run in {cfg.out_dir} was started with other flags: {', '.join(differ)}; leave these out to resume it, "
                              f"or choose another --out_dir to begin a new run")
-        cfg = TrainConfig(**known | {k: v for k, v in given.items() if k in FREE_TO_CHANGE} | dict(
-            resume=cfg.resume, overwrite=False, plan=cfg.plan, sample=cfg.sample, bench=cfg.bench, out_dir=cfg.out_dir))
+        now = dict(resume=cfg.resume, overwrite=False, plan=cfg.plan, sample=cfg.sample, bench=cfg.bench, out_dir=cfg.out_dir)
+        cfg = TrainConfig(**known | {k: v for k, v in given.items() if k in FREE_TO_CHANGE} | now)
     elif saved and not (cfg.plan or cfg.sample or cfg.bench):
         raise UsageError(f"{cfg.out_dir} already holds a run; go on with it by --resume, replace it by --overwrite, or choose another --out_dir")
     model_lib.validate(cfg)
@@ -264,8 +285,6 @@ def settle_config(typed):
             raise UsageError(f"--{name}={getattr(cfg, name)} must lie between {low} and {high}, for example --{name}={getattr(TrainConfig, name)}")
     if cfg.dtype == "float16":
         raise UsageError("--dtype=float16 needs loss scaling (and is slower than float32 on a CPU); use --dtype=bfloat16 or float32")
-    if cfg.keep < 1:
-        raise UsageError(f"--keep={cfg.keep} would delete every checkpoint; use --keep=1 or more")
     return cfg
 
 
@@ -283,6 +302,8 @@ def check_disk(cfg, model, out_dir):
     probe = Path(out_dir).absolute()
     while not probe.exists():
         probe = probe.parent
+    if not probe.is_dir():
+        raise UsageError(f"{out_dir}: {probe} is a file, not a folder; choose another --out_dir")
     need = 12 * sum(p.numel() for p in model.parameters()) * (cfg.keep + 1)      # float32 weights and two moments
     free = shutil.disk_usage(probe).free
     if free < need:
@@ -592,12 +613,7 @@ def prepare_data(cfg, world, state):
 
 
 def main(argv):
-    parser = tok_lib.Parser(prog="train.py", description="Pretrain a language model.")
-    tok_lib.add_flags(parser, TrainConfig, dict(
-        attn=ATTENTION, norm=NORMS, act=ACTIVATIONS, pos=POSITIONS, router=ROUTERS, optimizer=OPTIMIZERS, schedule=SCHEDULES,
-        preset=PRESETS, packing=data.PACKERS, kernels=kernels.KERNELS, dtype=("auto", "float32", "bfloat16", "float16"),
-        device=("auto", "cpu", "cuda"), objective=("clm",)))
-    typed = vars(parser.parse_args(argv))
+    typed = parse(argv)
     cfg = settle_config(typed)
     ranks = dist.validate(cfg)
     batch_shape(cfg, ranks)
@@ -609,36 +625,34 @@ def main(argv):
 
 
 def train(cfg, typed):
-    # everything that can be refused is refused before a run folder is touched
-    source = None
-    if cfg.init_from:
-        cfg, source = model_flags_of(cfg, typed)
-    check_disk(cfg, model_lib.meta_model(cfg), cfg.out_dir)
+    # everything that can be refused is refused before the run folder is touched
     world = dist.init(cfg)
-    out, say = Path(cfg.out_dir), world.print
-    loaded = None
+    out, say, loaded, source = Path(cfg.out_dir), world.print, None, None
     if cfg.resume:
-        loaded = (dist.read_checkpoint(cfg.resume) if cfg.resume != "latest" else dist.newest_checkpoint(out / "ckpt", say))
+        loaded = dist.read_checkpoint(cfg.resume) if cfg.resume != "latest" else dist.newest_checkpoint(out / "ckpt", say)
         if loaded is None:
             say(f"--resume: {out} has no checkpoint yet, so the run begins at step 0")
     tensors, state, start = loaded or ({}, None, 0)
+    if cfg.init_from and not state:
+        cfg, source = model_flags_of(cfg, typed)
+    check_disk(cfg, model_lib.meta_model(cfg), out)
     folder, meta, tok = prepare_data(cfg, world, state)
-    if "vocab_size" in typed and cfg.tokenizer and cfg.vocab_size < tok.n_vocab or source and cfg.vocab_size < tok.n_vocab:
-        raise UsageError(f"the tokenizer has {tok.n_vocab} ids, --vocab_size={cfg.vocab_size} is too small for them; leave it out")
-    cfg.vocab_size = cfg.vocab_size if source or "vocab_size" in typed and cfg.tokenizer else tok.n_vocab
-    if state and state["config"]["vocab_size"] != cfg.vocab_size:
-        raise UsageError(f"the tokenizer has {cfg.vocab_size} ids, the checkpoint {state['config']['vocab_size']}")
+    wanted = state["config"]["vocab_size"] if state else cfg.vocab_size if source or cfg.tokenizer and "vocab_size" in typed else 0
+    if wanted and wanted < tok.n_vocab:
+        raise UsageError(f"the tokenizer has {tok.n_vocab} ids, but the model only {wanted}; use --vocab_size={tok.n_vocab} or more, "
+                         f"or the tokenizer that belongs to these weights")
     loaders = {split: data.Loader(folder, split, cfg.seq_len, cfg.seed, cfg.packing, split == "train", meta["eot"])
                for split in ("train", "val")}
 
     # the model, its optimizer, and where the run stands
     dtype, reason = compute_dtype(cfg, world.device)
-    model = (source or Model(cfg)).to(world.device)
-    model.cfg = cfg
+    model_cfg = dataclasses.replace(cfg, vocab_size=wanted or tok.n_vocab)
+    model = (source or Model(model_cfg)).to(world.device)
+    model.cfg = model_cfg
     optimizer = OPTIMIZERS[cfg.optimizer](model, cfg)
-    if loaded:
+    if state:
         restore(model, optimizer, tensors, state)
-        tensors = loaded = None
+    tensors = loaded = source = None                             # what was copied need not stay in memory
     step_fn, shape = compiled_step(model, cfg, world), batch_shape(cfg, world.size)
     facts = describe(cfg, model, world.device, dtype, reason, world.size)
     facts += (f"\ndata     {meta['documents']:,} documents: {meta['train_tokens']:,} training tokens, {meta['val_tokens']:,} for validation "
@@ -664,7 +678,7 @@ def train(cfg, typed):
             try:
                 dist.save_checkpoint(out / "ckpt", step, model_tensors(model) | optimizer_tensors(model, optimizer),
                                      dict(step=step, next_sample=step * shape[0], tokens=step * cfg.tokens_per_step, seconds=seconds,
-                                          data=folder.name, config=dataclasses.asdict(cfg)), cfg.keep)
+                                          data=folder.name, config=dataclasses.asdict(model_cfg)), cfg.keep)
             except OSError as error:
                 say(f"checkpoint at step {step} NOT saved ({error.strerror}); training goes on, next try at the next interval")
         dist.barrier(world)
@@ -718,7 +732,10 @@ def train(cfg, typed):
         if last or cfg.save_every and done % cfg.save_every == 0:
             save(done)
         if world.main and (last or cfg.eval_every and done % cfg.eval_every == 0):
-            write_report(out / "report.html", cfg, log.rows, samples, facts, running=not last)
+            try:
+                write_report(out / "report.html", cfg, log.rows, samples, facts, running=not last)
+            except OSError as error:
+                say(f"report.html NOT written ({error.strerror}); training goes on")
         paused += time.perf_counter() - tick
         if stopping:
             say(f"stopped at step {done}; go on with: python train.py --out_dir={out} --resume")
@@ -735,7 +752,8 @@ def start_run_folder(cfg, world, model, tok, start):
         for name in OURS[:-1]:                                   # prepared data is named by its content and stays
             shutil.rmtree(out / name, ignore_errors=True) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     total = sum(p.numel() for p in model.parameters())
-    config = dataclasses.asdict(cfg) | dict(layout=dict(dp=world.size), params_total=total, params_local=[total] * world.size)
+    config = dataclasses.asdict(cfg) | dict(n_vocab=tok.n_vocab, layout=dict(dp=world.size), params_total=total,
+                                            params_local=[total] * world.size)
     tok.save(out / "tokenizer")
     with atomic_write(out / "config.json", "w") as file:
         json.dump(config, file, indent=1)
