@@ -40,7 +40,7 @@ class AttentionConfig:
     q_lora_rank: int = 0           # MLA: width of the query latent; 0 means queries come straight from x
     kv_lora_rank: int = 0          # MLA: width of the cached latent; 0 means 4 head_dim
     qk_nope_head_dim: int = 0      # MLA: width of a head's position-free part; 0 means head_dim
-    qk_rope_head_dim: int = 0      # MLA: width of the shared rotary key; 0 means head_dim / 2
+    qk_rope_head_dim: int = 0      # MLA: width of the shared rotary key; 0 means half of head_dim
     v_head_dim: int = 0            # MLA: width of a head's value; 0 means head_dim
     qkv_bias: bool = False         # biases in the query, key and value projections
     out_bias: bool = False         # bias in the output projection
@@ -67,23 +67,29 @@ POSITIONS = {                      # flag --pos
 }
 
 
-def rope_table(positions_BT, dim, theta):
-    """cos and sin [B, T, 1, P/2] in float32 of the angles position * theta^(-2j/P).                     [RoPE eq 15]"""
-    if dim % 2:
-        raise UsageError(f"RoPE turns pairs of channels, so it needs an even width, not {dim}; change --head_dim or --n_head")
-    inv_freq = theta ** (-torch.arange(0, dim, 2, device=positions_BT.device, dtype=torch.float32) / dim)
-    angle_BT1J = (positions_BT[..., None].float() * inv_freq)[:, :, None]
-    return angle_BT1J.cos(), angle_BT1J.sin()
+class Rope:
+    """Turns the pairs (x_j, x_{j+P/2}) of every head by the angle position * theta^(-2j/P), the half layout of Llama. The
+    paper pairs neighbours (2j, 2j+1); the two differ by a fixed permutation of channels, which q . k does not see."""
+
+    def __init__(self, positions_BT, dim, theta, dtype=torch.float32):
+        if dim % 2:
+            raise UsageError(f"RoPE turns pairs of channels, so it needs an even width, not {dim}; change --head_dim or --n_head")
+        inv_freq = theta ** (-torch.arange(0, dim, 2, device=positions_BT.device, dtype=dtype) / dim)          # [RoPE eq 15]
+        angle_BT1J = (positions_BT[..., None].to(dtype) * inv_freq)[:, :, None]
+        cos, sin = angle_BT1J.cos(), angle_BT1J.sin()
+        self.table = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        self.made = {}
+
+    def __call__(self, x_BTHP):
+        if x_BTHP.dtype not in self.made:
+            self.made[x_BTHP.dtype] = tuple(t.to(x_BTHP.dtype) for t in self.table)
+        cos, sin = self.made[x_BTHP.dtype]                       # [B or 1, T, 1, P], the sign of the turn in sin
+        return x_BTHP * cos + x_BTHP.roll(x_BTHP.shape[-1] // 2, -1) * sin                                      # [RoPE eq 34]
 
 
-def apply_rope(x_BTHP, table):
-    """Turn the pairs (x_j, x_{j+P/2}) by their angles: the half layout of Llama. The paper pairs neighbours (2j, 2j+1);
-    the two differ by a fixed permutation of channels, which q . k does not see.                         [RoPE eq 34]"""
-    if table is None:
-        return x_BTHP
-    cos, sin = (t.to(x_BTHP.dtype) for t in table)
-    a, b = x_BTHP.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+def unturned(x_BTHP):
+    """What stands in for a Rope where positions enter elsewhere or not at all."""
+    return x_BTHP
 
 
 # ---- Which keys (made once per batch, read by every layer) ----
@@ -183,8 +189,8 @@ class MHA(nn.Module):
 
     def forward(self, x_BTD, rope, mask, cache=None):
         H, G, K = self.n_head, self.n_kv_head, self.head_dim
-        q_BTHK = apply_rope(self.w_q(x_BTD).unflatten(-1, (H, K)), rope)
-        k_BSGK = apply_rope(self.w_k(x_BTD).unflatten(-1, (G, K)), rope)     # before the cache: a cached key must not
+        q_BTHK = rope(self.w_q(x_BTD).unflatten(-1, (H, K)))
+        k_BSGK = rope(self.w_k(x_BTD).unflatten(-1, (G, K)))      # before the cache: a cached key must not
         v_BSGK = self.w_v(x_BTD).unflatten(-1, (G, K))                       # depend on who asks
         if cache is not None:
             k_BSGK, v_BSGK = cache.append(k_BSGK, v_BSGK)
@@ -225,7 +231,7 @@ class MLA(nn.Module):
         width = head_dim(cfg)
         self.n_head, self.dropout = cfg.n_head, cfg.attn_dropout
         self.kv_rank = cfg.kv_lora_rank or 4 * width                                        # [DSV2 sec 2.1.4] d_c = 4 d_h
-        self.nope, self.rope_dim = cfg.qk_nope_head_dim or width, cfg.qk_rope_head_dim or width // 2      # d_h^R = d_h / 2
+        self.nope, self.rope_dim = cfg.qk_nope_head_dim or width, cfg.qk_rope_head_dim or max(2, width // 4 * 2)     # d_h^R = d_h / 2
         self.v_dim = cfg.v_head_dim or width
         if self.rope_dim % 2:
             raise UsageError(f"--qk_rope_head_dim={self.rope_dim} is odd, and RoPE turns pairs; use {self.rope_dim + 1}")
@@ -244,10 +250,10 @@ class MLA(nn.Module):
         H, N, P, U, R = self.n_head, self.nope, self.rope_dim, self.v_dim, self.kv_rank
         q_in = rmsnorm(self.w_dq(x_BTD), self.q_gain) if hasattr(self, "w_dq") else x_BTD                  # [DSV2 eq 12]
         qn_BTHN, qr_BTHP = self.w_q(q_in).unflatten(-1, (H, N + P)).split([N, P], -1)                      # [DSV2 eq 13]
-        q_BTHK = torch.cat([qn_BTHN, apply_rope(qr_BTHP, rope)], -1)                                       # [DSV2 eq 16]
+        q_BTHK = torch.cat([qn_BTHN, rope(qr_BTHP)], -1)                                       # [DSV2 eq 16]
         c_BSR, kr_BSP = self.w_dkv(x_BTD).split([R, P], -1)                                                # [DSV2 eq 9]
         c_BSR = rmsnorm(c_BSR, self.kv_gain)
-        kr_BSP = apply_rope(kr_BSP[:, :, None], rope)[:, :, 0]                                             # [DSV2 eq 15]
+        kr_BSP = rope(kr_BSP[:, :, None])[:, :, 0]                                                      # [DSV2 eq 15]
         if cache is not None:
             c_BSR, kr_BSP = cache.append(c_BSR, kr_BSP)
         kn_BSHN, v_BSHU = self.w_ukv(c_BSR).unflatten(-1, (H, N + U)).split([N, U], -1)                    # [DSV2 eq 10, 11]
@@ -276,7 +282,7 @@ def demo():
     print(f"{'attn':5s} {'parameters':>11s} {'cache bytes/token':>18s} {'of mha':>7s} {'flops/query and key':>20s}   last token equals the full pass")
     torch.manual_seed(0)
     x_BTD, full = torch.randn(1, 9, cfg.n_embd), 0
-    table = lambda layer, start, stop: rope_table(torch.arange(start, stop)[None], layer.rope_dim, cfg.rope_theta)
+    table = lambda layer, start, stop: Rope(torch.arange(start, stop)[None], layer.rope_dim, cfg.rope_theta)
     for name, variant in ATTENTION.items():
         cfg.attn = name
         layer, cache = variant(cfg), Cache()

@@ -42,10 +42,10 @@ END_OF_TEXT = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]"]    
 
 @dataclass
 class DataConfig:
-    input: tuple = flag((), many=True)   # text to learn: .txt, .jsonl, .jsonl.gz, folders, - for stdin; empty takes the sources of this Python's standard library
+    input: tuple = flag((), many=True)   # text: .txt, .jsonl, .jsonl.gz, folders, - for stdin; empty: this Python's own sources
     val_fraction: float = 0.05     # share of the text, whole documents at its end, held out for validation
     packing: str = "bfd"           # how documents fill rows, a key of PACKERS
-    cache_dir: str = ""            # folder of prepared data; empty means ~/.cache/flatlm, or the run folder where that cannot be written
+    cache_dir: str = ""            # folder of prepared data; empty: ~/.cache/flatlm, or the run folder if that cannot be written
 
 
 # ---- Default text (what can a fresh machine without a network read?) ----
@@ -128,7 +128,8 @@ class Shards:
         for path in sorted(folder.glob(f"{split}_*.bin")):
             head = np.fromfile(path, dtype=np.int32, count=3)
             if len(head) < 3 or head[0] != MAGIC or head[1] not in DTYPES:
-                raise UsageError(f"{path} is not a token shard (magic {MAGIC}, version 1 or 2); delete {folder} to prepare it again")
+                raise UsageError(f"{path} is not a token shard (magic {MAGIC}, version 1 or 2); delete {folder} to prepare "
+                                 f"it again")
             dtype = DTYPES[int(head[1])]
             want, have = HEADER * 4 + int(head[2]) * dtype().itemsize, path.stat().st_size
             if want != have:
@@ -234,7 +235,7 @@ def open_prepared(folder):
 def cache_root(cfg, run_folder):
     """Where prepared data lies: --cache_dir, else the user's cache, else (where that cannot be written, or the text came
     through stdin) the run folder."""
-    home = Path(cfg.cache_dir) if cfg.cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatlm"
+    home = Path(cfg.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatlm")
     if "-" not in cfg.input:
         try:
             home.mkdir(parents=True, exist_ok=True)
@@ -242,7 +243,7 @@ def cache_root(cfg, run_folder):
             return home
         except OSError as error:
             if cfg.cache_dir:
-                raise UsageError(f"--cache_dir={cfg.cache_dir} cannot be written ({error.strerror}); name another folder") from None
+                raise UsageError(f"--cache_dir={cfg.cache_dir} cannot be written ({error.strerror}); name another") from None
     local = Path(run_folder) / "data"
     local.mkdir(parents=True, exist_ok=True)
     return local
@@ -324,7 +325,7 @@ def best_fit_decreasing(lengths, capacity):
 
 
 def first_come(lengths, capacity):
-    """Bin of every item in corpus order, a new bin whenever the next item does not fit (padding shows what packing saves)."""
+    """Bin of every item in corpus order, a new bin whenever the next does not fit: its padding is what packing saves."""
     bins, home, room = np.empty(len(lengths), dtype=np.int64), -1, 0
     for i, size in enumerate(np.asarray(lengths).tolist()):
         if size > room:

@@ -25,6 +25,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +95,10 @@ def init(cfg):
 
 
 def shutdown():
+    """Leave the process group once all ranks have come this far. Let go of parallelize()'s module before: it holds the group,
+    and freeing a gloo group from there can wait for ever on a thread that waits for Python."""
     if td.is_initialized():
+        td.barrier()
         td.destroy_process_group()
 
 
@@ -149,6 +153,7 @@ def parallelize(model, world):
     step = LossOf(model)
     if world.size == 1:
         return step
+    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)        # its successor is not in torch 2.11
     return torch.nn.parallel.DistributedDataParallel(
         step, device_ids=[world.device.index] if world.device.type == "cuda" else None,
         broadcast_buffers=False, gradient_as_bucket_view=True)

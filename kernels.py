@@ -79,6 +79,12 @@ def no_autocast(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
+def to_autocast(x):
+    """x in autocast's type where that is on: one cast here instead of one in each product that reads x."""
+    on = torch.is_autocast_enabled(x.device.type)
+    return x.to(torch.get_autocast_dtype(x.device.type)) if on and x.dtype == torch.float32 else x
+
+
 # ---- rmsnorm (scale a row to unit root mean square) ----
 
 def rmsnorm_ref(x_MD, w_D, eps=1e-6):
@@ -126,7 +132,13 @@ def _rmsnorm_bwd(dy_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, dw_ptr, M, D, ROWS: tl.
 
 @torch.library.custom_op("flatlm::rmsnorm", mutates_args=())
 def _rmsnorm(x_MD: torch.Tensor, w_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> y, 1 / rms of each row. Without triton a chain of torch's own ops, fewer than autograd would make of the reference."""
     M, D = x_MD.shape
+    if not takes_triton(x_MD):
+        wide = torch.promote_types(x_MD.dtype, torch.float32)
+        norm_M1 = torch.linalg.vector_norm(x_MD, dim=-1, keepdim=True, dtype=wide)
+        rstd_M1 = norm_M1.square_().div_(D).add_(eps).rsqrt_()
+        return (x_MD * rstd_M1).mul_(w_D).to(x_MD.dtype, copy=False), rstd_M1.squeeze(1)
     y_MD, rstd_M = torch.empty_like(x_MD), torch.empty(M, device=x_MD.device, dtype=torch.float32)
     _rmsnorm_fwd[(M,)](x_MD, w_D, y_MD, rstd_M, D, eps, BLOCK_D=triton.next_power_of_2(D))
     return y_MD, rstd_M
@@ -134,13 +146,18 @@ def _rmsnorm(x_MD: torch.Tensor, w_D: torch.Tensor, eps: float) -> tuple[torch.T
 
 @_rmsnorm.register_fake
 def _(x_MD, w_D, eps):
-    return torch.empty_like(x_MD), x_MD.new_empty(x_MD.shape[0], dtype=torch.float32)
+    return torch.empty_like(x_MD), x_MD.new_empty(x_MD.shape[0], dtype=torch.promote_types(x_MD.dtype, torch.float32))
 
 
 @torch.library.custom_op("flatlm::rmsnorm_backward", mutates_args=())
 def _rmsnorm_backward(dy_MD: torch.Tensor, x_MD: torch.Tensor, w_D: torch.Tensor,
                       rstd_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     M, D = x_MD.shape
+    if not takes_triton(x_MD):
+        xhat_MD, g_MD = x_MD * rstd_M[:, None], dy_MD * w_D
+        dw_D = (dy_MD * xhat_MD).sum(0)
+        dx_MD = g_MD.addcmul_(xhat_MD, (g_MD * xhat_MD).mean(-1, keepdim=True), value=-1).mul_(rstd_M[:, None])
+        return dx_MD.to(x_MD.dtype), dw_D.to(w_D.dtype)
     ROWS = 16
     programs = triton.cdiv(M, ROWS)
     dx_MD = torch.empty_like(x_MD)
@@ -166,11 +183,12 @@ def _rmsnorm_grad(ctx, dy_MD, _):
 _rmsnorm.register_autograd(_rmsnorm_grad, setup_context=_rmsnorm_save)
 
 
-def rmsnorm(x_MD, w_D, eps=1e-6):
-    """RMSNorm over the last axis; same signature and value as rmsnorm_ref."""
-    if takes_triton(x_MD):
-        return _rmsnorm(x_MD.reshape(-1, x_MD.shape[-1]).contiguous(), w_D, eps)[0].view_as(x_MD)
-    return F.rms_norm(x_MD, w_D.shape, w_D.to(x_MD.dtype), eps)
+def rmsnorm(x, w_D, eps=1e-6):
+    """RMSNorm over the last axis of [..., D]; the value of rmsnorm_ref, in autocast's type. Compiled without triton it is
+    the reference itself, which inductor fuses with its neighbours."""
+    if torch.compiler.is_compiling() and not takes_triton(x):
+        return to_autocast(rmsnorm_ref(x, w_D, eps))
+    return to_autocast(_rmsnorm(x.reshape(-1, x.shape[-1]).contiguous(), w_D, eps)[0].view_as(x))
 
 
 # ---- linear_cross_entropy (the head and its loss, without the logits) ----
@@ -273,8 +291,7 @@ def linear_cross_entropy(x_MD, w_VD, targets_M, weights_M):
     """Weighted sum of next-token losses from hidden states [M, D] and the head [V, D]: a scalar. The logits exist only
     a chunk at a time; their gradient is taken while they are there, so backward is one multiplication.
     Same signature and value as linear_cross_entropy_ref."""
-    if torch.is_autocast_enabled(x_MD.device.type):
-        x_MD = x_MD.to(torch.get_autocast_dtype(x_MD.device.type))
+    x_MD = to_autocast(x_MD)
     grad = torch.is_grad_enabled() and (x_MD.requires_grad or w_VD.requires_grad)
     return _linear_cross_entropy(x_MD.contiguous(), w_VD, targets_M, weights_M, grad)[0]
 

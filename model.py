@@ -31,8 +31,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dist
-from attention import ATTENTION, POSITIONS, AttentionConfig, Cache, Mask, document_mask, rope_table
-from kernels import linear_cross_entropy, rmsnorm
+from attention import ATTENTION, POSITIONS, AttentionConfig, Cache, Mask, Rope, document_mask, unturned
+from kernels import linear_cross_entropy, rmsnorm, to_autocast
 from moe import ROUTERS, MoE, MoEConfig
 from tokenizer import UsageError, atomic_write, run_cli
 
@@ -55,10 +55,10 @@ class ModelConfig(AttentionConfig, MoEConfig):
 
 
 PRESETS = {                        # flag --preset: many flags at once, later flags override it
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, norm="layer", norm_eps=1e-5, act="gelu_tanh", pos="learned",
-                 qkv_bias=True, out_bias=True, mlp_bias=True, lr=6e-4),
-    "llama": dict(n_layer=12, n_head=12, n_embd=768, n_kv_head=4, attn="gqa", d_ff=2048, seq_len=1024, norm="rms", norm_eps=1e-5,
-                  act="swiglu", pos="rope", tie_embeddings=False, lr=6e-4),
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, norm="layer", norm_eps=1e-5, act="gelu_tanh",
+                 pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True, lr=6e-4),
+    "llama": dict(n_layer=12, n_head=12, n_embd=768, n_kv_head=4, attn="gqa", d_ff=2048, seq_len=1024, norm="rms",
+                  norm_eps=1e-5, act="swiglu", pos="rope", tie_embeddings=False, lr=6e-4),
 }
 
 
@@ -96,6 +96,9 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, D, eps):
         super().__init__(D, eps=eps)
+
+    def forward(self, x_BTD):
+        return to_autocast(super().forward(x_BTD))
 
 
 NORMS = {                          # flag --norm
@@ -180,12 +183,12 @@ class Model(nn.Module):
         if self.cfg.pos == "learned" and past + T > self.cfg.seq_len:
             raise UsageError(f"{past + T} tokens, but learned positions end at --seq_len={self.cfg.seq_len}; give fewer tokens")
         if positions_BT is None:
-            positions_BT = torch.arange(past, past + T, device=tokens_BT.device)[None]
+            positions_BT = torch.arange(past, past + T, device=tokens_BT.device).expand(tokens_BT.shape)
         x_BTD = self.embed(tokens_BT)
         if self.cfg.pos == "learned":
             x_BTD = x_BTD + self.pos_embed(positions_BT)
         x_BTD = self.dropout(x_BTD)
-        rope = rope_table(positions_BT, self.rope_dim, self.cfg.rope_theta) if self.rope_dim else None
+        rope = Rope(positions_BT, self.rope_dim, self.cfg.rope_theta) if self.rope_dim else unturned
         mask = Mask() if doc_ids_BT is None else document_mask(doc_ids_BT)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x_BTD = block(x_BTD, rope, mask, cache)
@@ -198,7 +201,8 @@ class Model(nn.Module):
     def loss(self, batch):
         """(sum of weights * nll, sum of weights, metrics): sums, so that micro-batches and ranks add up to one batch."""
         x_BTD = self.hidden(batch["tokens"], batch.get("positions"), batch.get("doc_ids"))
-        loss_sum = linear_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, batch["targets"].flatten(), batch["weights"].flatten())
+        loss_sum = linear_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, batch["targets"].flatten(),
+                                        batch["weights"].flatten())
         return loss_sum, batch["weights"].sum(), {}
 
     def new_cache(self):
@@ -244,7 +248,8 @@ def init_parameters(model, cfg):
         elif p.ndim == 1:
             p.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            std = cfg.init_std / (2 * cfg.n_layer) ** 0.5 if "w_o." in name or "w_down" in name else cfg.init_std   # [GPT2 sec 2.3]
+            writes = "w_o." in name or "w_down" in name
+            std = cfg.init_std / (2 * cfg.n_layer) ** 0.5 if writes else cfg.init_std                  # [GPT2 sec 2.3]
             number = int.from_bytes(hashlib.sha256(f"{cfg.seed}/{name}".encode()).digest()[:8], "little") >> 1
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(number)) * std)
 
@@ -259,11 +264,10 @@ def meta_model(cfg):
 
 def parameter_table(model):
     """{component: parameters}; a tied head counts once, under embedding."""
-    table = {"embedding": 0, "attention": 0, "mlp": 0, "experts": 0, "norms": 0, "head": 0}
+    kinds = {"embed": "embedding", "norm": "norms", ".attn.": "attention", "experts": "experts", ".mlp.": "mlp", "head": "head"}
+    table = dict.fromkeys(("embedding", "attention", "mlp", "experts", "norms", "head"), 0)
     for name, p in model.named_parameters():
-        kind = next((kind for part, kind in (("embed", "embedding"), ("norm", "norms"), (".attn.", "attention"), ("experts", "experts"),
-                                             (".mlp.", "mlp"), ("head", "head")) if part in name))
-        table[kind] += p.numel()
+        table[next(kind for part, kind in kinds.items() if part in name)] += p.numel()
     return {kind: count for kind, count in table.items() if count}
 
 
@@ -278,20 +282,20 @@ def flops_per_token(model, seq_len):
     """Training FLOPs of a token, forward and backward: 6 per matmul parameter (head included, lookups not) and, for each
     layer, 6 per multiply-add of a query with all seq_len keys.                                       [PaLM app B]"""
     cfg = model.cfg
-    matmul = active_parameters(model) - sum(p.numel() for n, p in model.named_parameters() if p.ndim == 1 or "pos_embed" in n)
-    matmul -= 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.n_embd
+    looked_up = {"pos_embed.weight"} if cfg.tie_embeddings else {"pos_embed.weight", "embed.weight"}
+    matmul = active_parameters(model) - sum(p.numel() for n, p in model.named_parameters() if p.ndim == 1 or n in looked_up)
     return 6 * matmul + 6 * seq_len * sum(block.attn.flops_per_pair() for block in model.blocks)
 
 
 # ---- Hugging Face folders (GPT-2 and Llama, in and out) ----
 
 def _gpt2_config(hf):
-    for key, expected in (("activation_function", "gelu_new"), ("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
-                          ("add_cross_attention", False)):
+    for key, expected in (("activation_function", "gelu_new"), ("scale_attn_weights", True),
+                          ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)):
         _refuse_other(hf, key, expected)
     return dict(n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"], d_ff=hf.get("n_inner") or 0,
-                vocab_size=hf["vocab_size"], seq_len=hf["n_positions"], norm="layer", norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-                act="gelu_tanh", pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True,
+                vocab_size=hf["vocab_size"], seq_len=hf["n_positions"], norm="layer",
+                norm_eps=hf.get("layer_norm_epsilon", 1e-5), act="gelu_tanh", pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True,
                 tie_embeddings=hf.get("tie_word_embeddings", True))
 
 
@@ -306,13 +310,14 @@ def _llama_config(hf):
                 d_ff=hf["intermediate_size"], vocab_size=hf["vocab_size"], seq_len=hf["max_position_embeddings"],
                 norm="rms", norm_eps=hf["rms_norm_eps"], act="swiglu", pos="rope",
                 rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-                qkv_bias=hf.get("attention_bias", False), out_bias=hf.get("attention_bias", False), mlp_bias=hf.get("mlp_bias", False),
-                tie_embeddings=hf.get("tie_word_embeddings", False))
+                qkv_bias=hf.get("attention_bias", False), out_bias=hf.get("attention_bias", False),
+                mlp_bias=hf.get("mlp_bias", False), tie_embeddings=hf.get("tie_word_embeddings", False))
 
 
 def _refuse_other(hf, key, expected):
     if hf.get(key, expected) != expected:
-        raise UsageError(f"config.json has {key}={hf[key]!r}, which changes the maths and is not implemented; only {expected!r} is")
+        raise UsageError(f"config.json has {key}={hf[key]!r}, which changes the maths and is not implemented; "
+                         f"only {expected!r} is")
 
 
 def _linear(ours, theirs):
@@ -323,7 +328,8 @@ GPT2_NAMES = [("embed.weight", "transformer.wte.weight"), ("pos_embed.weight", "
               *_linear("norm", "transformer.ln_f"), ("head.weight", "lm_head.weight")]
 GPT2_BLOCK = [*_linear("norm1", "ln_1"), *_linear("norm2", "ln_2"), *_linear("attn.w_o", "attn.c_proj"),
               *_linear("mlp.w_up", "mlp.c_fc"), *_linear("mlp.w_down", "mlp.c_proj")]
-LLAMA_NAMES = [("embed.weight", "model.embed_tokens.weight"), ("norm.weight", "model.norm.weight"), ("head.weight", "lm_head.weight")]
+LLAMA_NAMES = [("embed.weight", "model.embed_tokens.weight"), ("norm.weight", "model.norm.weight"),
+               ("head.weight", "lm_head.weight")]
 LLAMA_BLOCK = [("norm1.weight", "input_layernorm.weight"), ("norm2.weight", "post_attention_layernorm.weight"),
                *(pair for p in "qkvo" for pair in _linear(f"attn.w_{p}", f"self_attn.{p}_proj")),
                *(pair for p in ("gate", "up", "down") for pair in _linear(f"mlp.w_{p}", f"mlp.{p}_proj"))]
@@ -339,7 +345,7 @@ def _names(model, outer, inner, prefix):
 def _gpt2_read(model, hf):
     """Their tensors under our names: GPT-2 stores weights as [in, out] and q, k, v side by side."""
     hf = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t for name, t in hf.items()
-          if not name.endswith((".attn.bias", ".attn.masked_bias"))}             # causal masks stored as weights by old versions
+          if not name.endswith((".attn.bias", ".attn.masked_bias"))}             # causal masks, stored by old versions
     out = {}
     for i in range(model.cfg.n_layer):
         for kind in ("weight", "bias"):
@@ -391,26 +397,33 @@ def _llama_describe(cfg):
                 attention_dropout=cfg.attn_dropout)
 
 
-CONVERT = {                        # model_type -> (their config to ours, their tensors to ours, ours to theirs, our config to theirs, what a model must be)
-    "gpt2": (_gpt2_config, _gpt2_read, _gpt2_write, _gpt2_describe,
-             lambda c: dict(attn=c.attn == "mha" and c.n_kv_head in (0, c.n_head), norm=c.norm == "layer", act=c.act == "gelu_tanh",
-                            pos=c.pos == "learned", moe=not c.moe, qkv_bias=c.qkv_bias, out_bias=c.out_bias, mlp_bias=c.mlp_bias,
-                            head_dim=c.head_dim in (0, c.n_embd // c.n_head))),
-    "llama": (_llama_config, _llama_read, _llama_write, _llama_describe,
-              lambda c: dict(attn=c.attn in ("mha", "gqa", "mqa"), norm=c.norm == "rms", act=c.act == "swiglu", pos=c.pos == "rope",
-                             moe=not c.moe, out_bias=c.qkv_bias == c.out_bias)),
+def _is_gpt2(c):
+    return dict(attn=c.attn == "mha" and c.n_kv_head in (0, c.n_head), norm=c.norm == "layer", act=c.act == "gelu_tanh",
+                pos=c.pos == "learned", moe=not c.moe, qkv_bias=c.qkv_bias, out_bias=c.out_bias, mlp_bias=c.mlp_bias,
+                head_dim=c.head_dim in (0, c.n_embd // c.n_head))
+
+
+def _is_llama(c):
+    return dict(attn=c.attn in ("mha", "gqa", "mqa"), norm=c.norm == "rms", act=c.act == "swiglu", pos=c.pos == "rope",
+                moe=not c.moe, out_bias=c.qkv_bias == c.out_bias)
+
+
+CONVERT = {      # model_type: their config to ours, their tensors to ours, ours to theirs, our config to theirs, does it fit?
+    "gpt2": (_gpt2_config, _gpt2_read, _gpt2_write, _gpt2_describe, _is_gpt2),
+    "llama": (_llama_config, _llama_read, _llama_write, _llama_describe, _is_llama),
 }
 
 
 def from_pretrained(path, device="cpu", dtype=torch.float32):
-    """Open a Hugging Face folder (gpt2 or llama; safetensors, single or sharded) or one of our checkpoints or run folders."""
+    """Open a Hugging Face folder (gpt2 or llama; safetensors, single or sharded), or one of our checkpoints or runs."""
     path = Path(path)
     if (path / "manifest.json").is_file() or (path / "ckpt").is_dir():
         return _from_checkpoint(path, device, dtype)
     try:
         hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is neither a checkpoint (no manifest.json) nor a Hugging Face folder (config.json: {error})") from None
+        raise UsageError(f"{path} is neither a checkpoint (no manifest.json) nor a Hugging Face folder (config.json: "
+                         f"{error})") from None
     if hf.get("model_type") not in CONVERT:
         raise UsageError(f"{path}: model_type {hf.get('model_type')!r} is not known; these are: {list(CONVERT)}")
     to_ours, read, *_ = CONVERT[hf["model_type"]]
@@ -437,7 +450,8 @@ def _from_checkpoint(path, device, dtype):
         dist.newest_checkpoint(path / "ckpt") or _no_checkpoint(path))
     fields = ModelConfig.__dataclass_fields__
     cfg = ModelConfig(**{key: value for key, value in state["config"].items() if key in fields})
-    return _fill(cfg, lambda model: {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path, device, dtype)
+    own = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    return _fill(cfg, lambda model: own, path, device, dtype)
 
 
 def _no_checkpoint(path):
@@ -454,9 +468,10 @@ def _fill(cfg, read, path, device, dtype):
             raise UsageError(f"{path}: the head is there, the embedding it is tied to is not")
     wrong = [f"missing {n} {list(own[n].shape)}" for n in own if n not in given]
     wrong += [f"unexpected {n} {list(given[n].shape)}" for n in given if n not in own]
-    wrong += [f"{n} is {list(given[n].shape)}, not {list(own[n].shape)}" for n in own if n in given and given[n].shape != own[n].shape]
+    wrong += [f"{n} is {list(given[n].shape)}, not {list(t.shape)}" for n, t in own.items() if n in given and given[n].shape != t.shape]
     if wrong:
-        raise UsageError(f"{path} does not fit its configuration: " + "; ".join(wrong[:20]) + (f"; {len(wrong) - 20} more" if len(wrong) > 20 else ""))
+        more = f"; {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise UsageError(f"{path} does not fit its configuration: {'; '.join(wrong[:20])}{more}")
     model.to_empty(device=device)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -486,8 +501,9 @@ def save_pretrained(model, path):
     path.mkdir(parents=True, exist_ok=True)
     dist.write_safetensors(path / "model.safetensors", tensors, {"format": "pt"})
     with atomic_write(path / "config.json", "w") as file:
-        json.dump(describe(cfg) | dict(model_type=model_type, vocab_size=cfg.vocab_size, tie_word_embeddings=cfg.tie_embeddings,
-                                       dtype=str(dtype)[6:], bos_token_id=None, eos_token_id=None), file, indent=1)
+        common = dict(model_type=model_type, vocab_size=cfg.vocab_size, tie_word_embeddings=cfg.tie_embeddings,
+                      dtype=str(dtype)[6:], bos_token_id=None, eos_token_id=None)
+        json.dump(describe(cfg) | common, file, indent=1)
 
 
 # ---- Demo ----

@@ -72,7 +72,7 @@ class Experts(nn.Module):
     def forward(self, x_MD, expert_MA, gate_MA):
         """sum_a gate_a MLP_{expert_a}(x): the readable loop. An expert without tokens still runs, on none, so that every
         weight has a gradient on every rank."""
-        y_MD = torch.zeros_like(x_MD)
+        y_MD = torch.zeros_like(x_MD, dtype=torch.promote_types(x_MD.dtype, torch.float32))      # adds up in float32
         order = expert_MA.flatten().argsort(stable=True)                   # visits sorted by expert
         counts = torch.bincount(expert_MA.flatten(), minlength=len(self.w_gate)).tolist()
         token, gate = order // expert_MA.shape[1], gate_MA.flatten()[order]

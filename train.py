@@ -89,7 +89,7 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
     eval_tokens: int = 1_000_000   # validation tokens of an evaluation at most, spread evenly
     save_every: int = 250          # steps between checkpoints; 0 only at the end
     keep: int = 2                  # newest checkpoints that stay
-    resume: str = flag("", bare="latest")  # go on with the run in out_dir: bare for its newest good checkpoint, or a checkpoint's path
+    resume: str = flag("", bare="latest")  # go on with the run in out_dir: bare for its newest good checkpoint, or a path
     init_from: str = ""            # begin a new run from the weights in this folder (Hugging Face or a run of ours)
     overwrite: bool = False        # replace the run in out_dir
     plan: bool = False             # print what would run, and stop
@@ -111,7 +111,7 @@ def adamw(model, cfg):
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
 
 
 OPTIMIZERS = {                     # flag --optimizer
@@ -168,8 +168,8 @@ def batch_shape(cfg, ranks):
         low = cfg.tokens_per_step // unit * unit
         fits = " or ".join(f"--tokens_per_step={n}" for n in (low, low + unit) if n)
         micro = f" x --micro_batch={cfg.micro_batch}" if cfg.micro_batch else ""
-        raise UsageError(f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len}{micro} x "
-                         f"{ranks} rank{'s' * (ranks > 1)}); use {fits}")
+        raise UsageError(f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len}{micro} "
+                         f"x {ranks} rank{'s' * (ranks > 1)}); use {fits}")
     mine = rows // ranks
     if cfg.micro_batch:
         return rows, cfg.micro_batch, mine // cfg.micro_batch
@@ -240,6 +240,8 @@ def read_run(out_dir):
     try:
         return json.loads((Path(out_dir) / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if dist.checkpoints(Path(out_dir) / "ckpt"):
+            raise UsageError(f"{out_dir} holds checkpoints but no config.json; restore it, or start again with --overwrite") from None
         return None
     except (OSError, ValueError) as error:
         raise UsageError(f"{out_dir}/config.json cannot be read ({error}); restore it, or start again with --overwrite") from None
@@ -268,24 +270,33 @@ def settle_config(typed):
         differ = [f"--{k}={typed_or(v)} (the run has {typed_or(known[k])})" for k, v in given.items()
                   if k in known and k not in FREE_TO_CHANGE and (tuple(v) if k == "input" else v) != known[k]]
         if differ:
-            raise UsageError(f"the run in {cfg.out_dir} was started with other flags: {', '.join(differ)}; leave these out to resume it, "
-                             f"or choose another --out_dir to begin a new run")
+            raise UsageError(f"the run in {cfg.out_dir} was started with other flags: {', '.join(differ)}; leave these out to "
+                             f"resume it, or choose another --out_dir to begin a new run")
         now = dict(resume=cfg.resume, overwrite=False, plan=cfg.plan, sample=cfg.sample, bench=cfg.bench, out_dir=cfg.out_dir)
         cfg = TrainConfig(**known | {k: v for k, v in given.items() if k in FREE_TO_CHANGE} | now)
     elif saved and not (cfg.plan or cfg.sample or cfg.bench):
-        raise UsageError(f"{cfg.out_dir} already holds a run; go on with it by --resume, replace it by --overwrite, or choose another --out_dir")
+        raise UsageError(f"{cfg.out_dir} already holds a run; go on with it by --resume, replace it by --overwrite, or "
+                         f"choose another --out_dir")
     model_lib.validate(cfg)
-    for name, low in (("steps", 1), ("tokens_per_step", 1), ("micro_batch", 0), ("warmup", 0), ("log_every", 1), ("eval_every", 0),
-                      ("save_every", 0), ("keep", 1), ("eval_tokens", 1), ("n_samples", 1), ("max_new_tokens", 1), ("lr", 0),
-                      ("weight_decay", 0), ("grad_clip", 0), ("temperature", 0), ("top_k", 0)):
-        if getattr(cfg, name) < low:
-            raise UsageError(f"--{name}={getattr(cfg, name)} must be at least {low}, for example --{name}={getattr(TrainConfig, name)}")
-    for name, low, high in (("val_fraction", 0, 1), ("beta1", 0, 1), ("beta2", 0, 1), ("min_lr", 0, 1), ("top_p", 0, 1)):
-        if not low <= getattr(cfg, name) <= high or name in ("val_fraction", "top_p") and getattr(cfg, name) == 0:
-            raise UsageError(f"--{name}={getattr(cfg, name)} must lie between {low} and {high}, for example --{name}={getattr(TrainConfig, name)}")
-    if cfg.dtype == "float16":
-        raise UsageError("--dtype=float16 needs loss scaling (and is slower than float32 on a CPU); use --dtype=bfloat16 or float32")
+    check_ranges(cfg)
     return cfg
+
+
+AT_LEAST = dict(steps=1, tokens_per_step=1, micro_batch=0, warmup=0, log_every=1, eval_every=0, save_every=0, keep=1, eval_tokens=1,
+                n_samples=1, max_new_tokens=1, lr=0, weight_decay=0, grad_clip=0, temperature=0, top_k=0, seed=0, tokenizer_mb=0)
+SHARES = ("val_fraction", "beta1", "beta2", "min_lr", "top_p")
+
+
+def check_ranges(cfg):
+    for name, low in AT_LEAST.items():
+        if getattr(cfg, name) < low:
+            raise UsageError(f"--{name}={getattr(cfg, name)} must be at least {low}, for example {getattr(TrainConfig, name)}")
+    for name in SHARES:
+        value = getattr(cfg, name)
+        if not 0 <= value <= 1 or value == 0 and name in ("val_fraction", "top_p") or value == 1 and name in ("val_fraction", "beta1", "beta2"):
+            raise UsageError(f"--{name}={value} must lie between 0 and 1, for example {getattr(TrainConfig, name)}")
+    if cfg.dtype == "float16":
+        raise UsageError("--dtype=float16 needs loss scaling (and is slower than float32 on a CPU); use bfloat16 or float32")
 
 
 def typed_or(value):
@@ -414,14 +425,15 @@ def chart(title, series):
             f'<text x="0" y="198">{min(xs):,}</text><text x="560" y="198" text-anchor="end">{max(xs):,}</text></svg></figure>')
 
 
-def write_report(path, cfg, rows, samples, facts, running):
+def write_report(path, cfg, rows, facts, running):
     """One HTML file without scripts or links; it reloads itself while the run lives."""
     curve = lambda key: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     charts = [chart("loss, nats per token", {"train": curve("loss"), "validation": curve("val_loss")}),
               chart("validation, bits per byte", {"": curve("val_bpb")}), chart("learning rate", {"": curve("lr")}),
               chart("gradient norm", {"": curve("grad_norm")}), chart("tokens per second", {"": curve("tok_per_s")}),
               chart("expert load: largest over mean, less one", {"": curve("max_vio")})]
-    text = "".join(f"<h3>step {step}</h3><pre>{html.escape(sample)}</pre>" for step, sample in reversed(samples))
+    text = "".join(f"<h3>step {row['step']}</h3><pre>{html.escape(row['sample'])}</pre>"
+                   for row in reversed(rows) if "sample" in row)
     with atomic_write(path, "w") as file:
         file.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(cfg.out_dir)}</title>'
                    + '<meta http-equiv="refresh" content="10">' * running +
@@ -460,7 +472,8 @@ def describe(cfg, model, device, dtype, reason, ranks):
         f"model    {total:,} parameters" + (f", {active:,} active a token" if active != total else "") + f" ({parts})",
         f"         {cfg.n_layer} layers, {model_lib.flops_per_token(model, cfg.seq_len) / 1e6:,.1f} MFLOPs a token, "
         f"{state / 1e9:.2f} GB of weights, gradients and optimizer state",
-        f"batch    {cfg.tokens_per_step:,} tokens a step = {rows} rows of {cfg.seq_len} = {micro} rows x {accumulate} accumulated x {ranks} rank{'s' * (ranks > 1)}",
+        f"batch    {cfg.tokens_per_step:,} tokens a step = {rows} rows of {cfg.seq_len} = {micro} rows x {accumulate} accumulated x "
+        f"{ranks} rank{'s' * (ranks > 1)}",
         f"run      {cfg.steps:,} steps = {tokens:,} tokens = {tokens / total:.1f} a parameter",
         f"lr       {spark([learning_rate(cfg, s) for s in range(cfg.steps)])}  peak {cfg.lr:g}, end {learning_rate(cfg, cfg.steps - 1):g}",
         f"flags    {flags}",
@@ -490,7 +503,8 @@ def sample(cfg):
     home = Path(cfg.init_from or cfg.out_dir)
     tok = tok_lib.load(cfg.tokenizer or (home / "tokenizer" if (home / "tokenizer").is_dir() else home))
     dtype, _ = compute_dtype(cfg, world.device)
-    texts = sample_text(model, tok, end_of_text(tok), cfg.prompt, cfg.n_samples, cfg, world.device, dtype, cfg.seed, cfg.max_new_tokens)
+    texts = sample_text(model, tok, end_of_text(tok), cfg.prompt, cfg.n_samples, cfg, world.device, dtype, cfg.seed,
+                        cfg.max_new_tokens)
     for number, text in enumerate(texts):
         print(f"--- sample {number + 1} of {cfg.n_samples}\n{text}", flush=True)
 
@@ -637,7 +651,8 @@ def train(cfg, typed):
         cfg, source = model_flags_of(cfg, typed)
     check_disk(cfg, model_lib.meta_model(cfg), out)
     folder, meta, tok = prepare_data(cfg, world, state)
-    wanted = state["config"]["vocab_size"] if state else cfg.vocab_size if source or cfg.tokenizer and "vocab_size" in typed else 0
+    fixed = source or cfg.tokenizer and "vocab_size" in typed                   # else the model is as wide as the tokenizer
+    wanted = state["config"]["vocab_size"] if state else cfg.vocab_size if fixed else 0
     if wanted and wanted < tok.n_vocab:
         raise UsageError(f"the tokenizer has {tok.n_vocab} ids, but the model only {wanted}; use --vocab_size={tok.n_vocab} or more, "
                          f"or the tokenizer that belongs to these weights")
@@ -660,6 +675,7 @@ def train(cfg, typed):
     say(facts)
     if start >= cfg.steps:
         say(f"the run is complete: step {start} of {cfg.steps}; give a larger --steps to go on")
+        step_fn = None
         return dist.shutdown()
     log = start_run_folder(cfg, world, model, tok, start) if world.main else None
 
@@ -671,7 +687,7 @@ def train(cfg, typed):
         signal.signal(number, on_signal)
 
     flops, peak = model_lib.flops_per_token(model, cfg.seq_len), peak_flops(world.device, dtype)
-    seconds, samples, recent, paused, begun = state["seconds"] if state else 0.0, [], [], 0.0, time.perf_counter()
+    seconds, recent, paused, begun = state["seconds"] if state else 0.0, [], 0.0, time.perf_counter()
 
     def save(step):
         if world.main:
@@ -690,7 +706,7 @@ def train(cfg, typed):
         lr = learning_rate(cfg, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + world.rank)       # dropout: a function of the step
+        torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + world.rank) % 2**63)         # dropout: a function of the step
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         for i, batch in enumerate(batches):
             with dist.accumulating(step_fn, last=i == len(batches) - 1):
@@ -702,8 +718,9 @@ def train(cfg, typed):
         loss, gnorm, stopping = dist.all_sum(world, torch.stack(
             [loss_sum / weight, gnorm.double() / world.size, torch.tensor(float(len(stop)), device=world.device)])).tolist()
         if not math.isfinite(loss + gnorm):
-            raise UsageError(f"step {step + 1}: loss {loss}, gradient norm {gnorm}: not finite, so the weights were not touched; the last "
-                             f"checkpoint in {out}/ckpt is good. Go on with a smaller --lr than {cfg.lr:g}, from it, with --init_from={out}")
+            raise UsageError(f"step {step + 1}: loss {loss}, gradient norm {gnorm}: not finite, so the weights were not touched; "
+                             f"the last checkpoint in {out}/ckpt is good. Begin anew from it with --init_from={out} and a smaller "
+                             f"--lr than {cfg.lr:g}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics = update_biases(model, world)
@@ -713,27 +730,27 @@ def train(cfg, typed):
         done, last = step + 1, step + 1 == cfg.steps or bool(stopping)
         tok_s = cfg.tokens_per_step / took
         if world.main:
-            log.add(step=done, loss=loss, lr=lr, grad_norm=gnorm, tokens=done * cfg.tokens_per_step, tok_per_s=tok_s, seconds=seconds, **metrics)
+            log.add(step=done, loss=loss, lr=lr, grad_norm=gnorm, tokens=done * cfg.tokens_per_step, tok_per_s=tok_s,
+                    seconds=seconds, **metrics)
             if done % cfg.log_every == 0 or last or done == start + 1:
                 typical = sorted(recent)[len(recent) // 2]
-                spent = time.perf_counter() - begun
+                pauses = 1 + paused / max(1e-9, time.perf_counter() - begun - paused)      # evaluations and saves to come
                 say(metrics_line(done, cfg.steps, loss=loss, lr=lr, gnorm=gnorm, tok_s=cfg.tokens_per_step / typical,
-                                 mfu=peak and flops * tok_s / world.size / peak, eta=(cfg.steps - done) * typical * (1 + paused / max(1e-9, spent - paused)),
+                                 mfu=peak and flops * tok_s / world.size / peak, eta=(cfg.steps - done) * typical * pauses,
                                  mem=torch.cuda.max_memory_allocated() / 1e9 if world.device.type == "cuda" else None))
         tick = time.perf_counter()
         if done == cfg.steps or cfg.eval_every and done % cfg.eval_every == 0 and not stopping:
             scores = evaluate(model, loaders["val"], meta, cfg, world, dtype)
             if world.main:
                 text = sample_text(model, tok, meta["eot"], "", 1, cfg, world.device, dtype, cfg.seed + done, 100)[0]
-                samples.append((done, text))
-                log.add(step=done, **scores, seconds=seconds)
-                say(f"eval {done:6d}/{cfg.steps} | val loss {scores['val_loss']:.4f} | ppl {scores['val_ppl']:.2f} | bits/byte {scores['val_bpb']:.4f}\n"
-                    + "\n".join("  | " + line for line in text.splitlines()[:12]))
+                log.add(step=done, **scores, seconds=seconds, sample=text)
+                say(f"eval {done:6d}/{cfg.steps} | val loss {scores['val_loss']:.4f} | ppl {scores['val_ppl']:.2f} | bits/byte "
+                    f"{scores['val_bpb']:.4f}\n" + "\n".join("  | " + line for line in text.splitlines()[:12]))
         if last or cfg.save_every and done % cfg.save_every == 0:
             save(done)
         if world.main and (last or cfg.eval_every and done % cfg.eval_every == 0):
             try:
-                write_report(out / "report.html", cfg, log.rows, samples, facts, running=not last)
+                write_report(out / "report.html", cfg, log.rows, facts, running=not last)
             except OSError as error:
                 say(f"report.html NOT written ({error.strerror}); training goes on")
         paused += time.perf_counter() - tick
@@ -741,7 +758,9 @@ def train(cfg, typed):
             say(f"stopped at step {done}; go on with: python train.py --out_dir={out} --resume")
             break
     else:
-        say(f"done in {clock(time.perf_counter() - begun)}: {out}/report.html shows the run; sample with: python train.py --out_dir={out} --sample")
+        say(f"done in {clock(time.perf_counter() - begun)}: {out}/report.html shows the run; sample with: "
+            f"python train.py --out_dir={out} --sample")
+    step_fn = None
     dist.shutdown()
 
 

@@ -139,5 +139,11 @@ def tiny(corpus, tmp_path):
 
 def run_train(*flags):
     """train.py in this process."""
+    import signal
     import train
-    train.main([str(flag) for flag in flags])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        train.main([str(flag) for flag in flags])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,162 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels as K
+from conftest import ROOT
+from tokenizer import UsageError
+
+
+@pytest.mark.parametrize("M, D", [(1, 1), (3, 7), (5, 63), (2, 257)])
+def test_rmsnorm_equals_the_paper(M, D):
+    torch.manual_seed(0)
+    x_MD, w_D = torch.randn(M, D), torch.randn(D)
+    want_MD = torch.stack([x * w_D / ((x @ x) / D + 1e-6) ** 0.5 for x in x_MD])     # [RMS eq 4] by row
+    torch.testing.assert_close(K.rmsnorm_ref(x_MD, w_D), want_MD)
+    torch.testing.assert_close(K.rmsnorm(x_MD, w_D), want_MD)
+
+
+def slow_cross_entropy(x_MD, w_VD, targets_M, weights_M):
+    total = x_MD.new_zeros(())
+    for x, t, weight in zip(x_MD, targets_M, weights_M):
+        logits = torch.stack([x @ w for w in w_VD])
+        total = total - weight * (logits[t] - logits.exp().sum().log())
+    return total
+
+
+@pytest.mark.parametrize("M, D, V", [(1, 1, 2), (7, 5, 3), (300, 8, 13)])
+@pytest.mark.parametrize("function", [K.linear_cross_entropy_ref, K.linear_cross_entropy])
+def test_linear_cross_entropy_equals_the_slow_sum(M, D, V, function, monkeypatch):
+    """Value and both gradients, over several ragged chunks, with rows of weight zero and an upstream factor."""
+    monkeypatch.setattr(K, "chunk_rows", lambda x, V: 128)
+    torch.manual_seed(M)
+    x_MD, w_VD = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((M, D), (V, D)))
+    targets_M, weights_M = torch.randint(V, (M,)), torch.rand(M, dtype=torch.float64) * (torch.rand(M) > 0.3)
+    want = torch.autograd.grad(slow_cross_entropy(x_MD, w_VD, targets_M, weights_M) * 0.37, (x_MD, w_VD))
+    loss = function(x_MD, w_VD, targets_M, weights_M)
+    torch.testing.assert_close(loss, slow_cross_entropy(x_MD, w_VD, targets_M, weights_M))
+    for got, expected in zip(torch.autograd.grad(loss * 0.37, (x_MD, w_VD)), want):
+        torch.testing.assert_close(got, expected)
+
+
+def test_extreme_logits_stay_finite():
+    x_MD = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    w_VD = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True)
+    loss = K.linear_cross_entropy(x_MD, w_VD, torch.tensor([1, 1]), torch.ones(2))
+    loss.backward()
+    assert loss.item() == 2e4 and x_MD.grad.isfinite().all() and w_VD.grad.isfinite().all()
+
+
+def test_no_gradient_is_computed_where_none_is_asked():
+    x_MD, w_VD = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
+    with torch.no_grad():
+        out = torch.ops.flatlm.linear_cross_entropy(x_MD, w_VD, torch.zeros(4, dtype=torch.long), torch.ones(4), False)
+        assert out[1].numel() == out[2].numel() == 0
+        torch.testing.assert_close(out[0], K.linear_cross_entropy(x_MD, w_VD, torch.zeros(4, dtype=torch.long), torch.ones(4)))
+
+
+def test_autocast_runs_the_products_in_half_precision_and_keeps_float32_gradients():
+    torch.manual_seed(0)
+    x_MD, w_VD = torch.randn(64, 32), torch.randn(50, 32, requires_grad=True)
+    rest = (torch.randint(50, (64,)), torch.ones(64))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = K.linear_cross_entropy(x_MD, w_VD, *rest)
+    loss.backward()
+    assert loss.dtype == torch.float32 and w_VD.grad.dtype == torch.float32
+    exact = K.linear_cross_entropy_ref(x_MD, w_VD, *rest)
+    assert 0 < abs(loss - exact) < 0.02 * exact
+
+
+def test_custom_ops_pass_opcheck():
+    x_MD, w_VD = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.flatlm.linear_cross_entropy.default, (x_MD, w_VD, torch.zeros(4, dtype=torch.long), torch.ones(4), True))
+
+
+def test_dispatch_says_what_runs_and_refuses_what_cannot(monkeypatch):
+    monkeypatch.setattr(K, "_choice", "auto")
+    assert K.use("torch") == "torch"
+    if not torch.cuda.is_available() and not K.INTERPRET:
+        assert K.use("auto").startswith("torch (")
+        with pytest.raises(UsageError, match="--kernels=torch"):
+            K.use("triton")
+
+
+def test_works_without_triton():
+    """A process where triton cannot be imported still has every op."""
+    code = ("import sys; sys.modules['triton'] = None; import torch, kernels as K; assert K.triton is None\n"
+            "x = torch.randn(3, 5, requires_grad=True); K.rmsnorm(x, torch.ones(5)).sum().backward()\n"
+            "print(K.use('auto'))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "not installed" in done.stdout, done.stderr
+
+
+# ---- Triton: interpreted, compiled ahead, and on a GPU ----
+
+INTERPRETED = """
+import torch, kernels as K
+assert K.use("triton") == "triton (interpreted)"
+K.chunk_rows = lambda x, V: 16
+for M, D, V in [(1, 1, 3), (3, 7, 5), (5, 63, 130), (37, 65, 300)]:
+    for dtype, tol in ((torch.float32, 2e-6), (torch.float16, 4e-3)):
+        for op, (ours, ref, _, leaves, rest) in K.cases("cpu", dtype, M, D, V).items():
+            want = K.value_and_grads(ref, leaves, rest, torch.float64)
+            for got, exact in zip(K.value_and_grads(ours, leaves, rest), want):
+                error = (got.double() - exact).norm() / max(exact.norm(), 1.0)
+                assert error < tol, (op, dtype, M, D, V, error)
+x = torch.randn(4, 6, requires_grad=True)
+compiled = torch.compile(lambda x, w: K.rmsnorm(x, w).square().sum(), fullgraph=True, backend="aot_eager")
+grad, = torch.autograd.grad(compiled(x, torch.ones(6)), x)
+want, = torch.autograd.grad(K.rmsnorm_ref(x, torch.ones(6)).square().sum(), x)
+torch.testing.assert_close(grad, want)
+torch.library.opcheck(torch.ops.flatlm.rmsnorm.default, (x, torch.ones(6, requires_grad=True), 1e-6))
+"""
+
+
+@pytest.mark.peer
+def test_triton_kernels_interpreted():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+AHEAD = """
+import kernels as K, triton
+from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget
+ptr, fixed = "*bf16", dict(BLOCK_D=128)
+jobs = [(K._rmsnorm_fwd, dict(x_ptr=ptr, w_ptr="*fp32", y_ptr=ptr, rstd_ptr="*fp32", D="i32", eps="fp32"), dict(BLOCK_D=128)),
+        (K._rmsnorm_bwd, dict(dy_ptr=ptr, x_ptr=ptr, w_ptr="*fp32", rstd_ptr="*fp32", dx_ptr=ptr, dw_ptr="*fp32", M="i32", D="i32"), dict(ROWS=16, BLOCK_D=128)),
+        (K._cross_entropy_rows, dict(logit_ptr=ptr, target_ptr="*i64", nll_ptr="*fp32", V="i32", stride="i32"), dict(GRAD=True, BLOCK_V=1024))]
+for kernel, signature, constants in jobs:
+    signature |= {name: "constexpr" for name in constants}
+    for arch in (80, 90):
+        made = triton.compile(ASTSource(kernel, signature=signature, constexprs=constants), target=GPUTarget("cuda", arch, 32))
+        assert made.asm["ptx"], kernel
+"""
+
+
+@pytest.mark.peer
+def test_triton_kernels_compile_ahead_for_gpus():
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", AHEAD], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_gpu(dtype):
+    K.use("triton")
+    for M, D, V in [(1, 8, 3), (37, 257, 300), (4096, 768, 50304)]:
+        for op, (ours, ref, _, leaves, rest) in K.cases("cuda", dtype, M, D, V).items():
+            want = K.value_and_grads(ref, leaves, rest, torch.float64)
+            theirs = K.value_and_grads(ref, leaves, rest)
+            for got, plain, exact in zip(K.value_and_grads(ours, leaves, rest), theirs, want):
+                scale = exact.norm().clamp(min=1.0)
+                assert (got.double() - exact).norm() / scale <= 2 * (plain.double() - exact).norm() / scale + 1e-5, op
+            again = K.value_and_grads(ours, leaves, rest)
+            assert all(torch.equal(a, b) for a, b in zip(again, K.value_and_grads(ours, leaves, rest))), f"{op} is not deterministic"

@@ -1,0 +1,380 @@
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dist
+import train
+from conftest import ROOT, fork, launch, run_train, wait
+from tokenizer import UsageError
+
+
+def rows_of(out):
+    return [json.loads(line) for line in open(Path(out) / "log.jsonl")]
+
+
+def losses_of(out):
+    return {row["step"]: row["loss"] for row in rows_of(out) if "loss" in row}
+
+
+def final(out):
+    return dist.newest_checkpoint(Path(out) / "ckpt")[0]
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def out_of(flags):
+    return next(flag.split("=", 1)[1] for flag in flags if flag.startswith("--out_dir="))
+
+
+def elsewhere(flags, folder):
+    return [f"--out_dir={folder}" if flag.startswith("--out_dir=") else flag for flag in flags]
+
+
+def in_child(flags, ranks=1):
+    codes = launch(lambda: run_train(*flags), ranks) if ranks > 1 else [wait(fork(lambda: run_train(*flags)))]
+    assert codes == [0] * ranks
+
+
+# ---- Pure functions ----
+
+def test_learning_rate_by_hand():
+    cfg = train.TrainConfig(lr=1.0, warmup=4, steps=13, min_lr=0.1)
+    rates = [train.learning_rate(cfg, s) for s in range(13)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0 and abs(rates[-1] - 0.1) < 1e-12
+    assert abs(rates[8] - (0.1 + 0.9 * 0.5)) < 1e-12             # half-way down the cosine
+    for schedule in train.SCHEDULES:
+        cfg.schedule = schedule
+        tail = [train.learning_rate(cfg, s) for s in range(4, 13)]
+        assert all(a >= b for a, b in zip(tail, tail[1:])), schedule
+    assert train.learning_rate(train.TrainConfig(steps=1, warmup=0), 0) > 0
+
+
+@pytest.mark.peer
+def test_cosine_equals_transformers():
+    hf = pytest.importorskip("transformers")
+    cfg = train.TrainConfig(lr=1.0, warmup=0, steps=101, min_lr=0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = hf.get_cosine_with_min_lr_schedule_with_warmup(optimizer, 0, 100, min_lr_rate=0.1)
+    for step in range(100):
+        assert abs(train.learning_rate(cfg, step) - theirs.get_last_lr()[0]) < 1e-12
+        optimizer.step()
+        theirs.step()
+
+
+def test_only_matrices_decay():
+    from model import Model
+    cfg = train.TrainConfig(n_layer=1, n_embd=16, n_head=2, vocab_size=9, moe=True, n_dense_layer=0, qkv_bias=True)
+    model = Model(cfg)
+    matrices, vectors = train.adamw(model, cfg).param_groups
+    assert {p.ndim for p in matrices["params"]} == {2, 3} and {p.ndim for p in vectors["params"]} == {1}
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+
+
+def test_batch_shape():
+    cfg = train.TrainConfig(seq_len=32, tokens_per_step=32 * 24)
+    assert train.batch_shape(cfg, 1) == (24, 24, 1) and train.batch_shape(cfg, 3) == (24, 8, 1)
+    cfg.micro_batch = 4
+    assert train.batch_shape(cfg, 2) == (24, 4, 3)
+    for cfg, ranks, says in ((train.TrainConfig(seq_len=300, tokens_per_step=8192), 1, "8100 or --tokens_per_step=8400"),
+                             (train.TrainConfig(seq_len=32, tokens_per_step=96, micro_batch=2), 1, "=64 or --tokens_per_step=128"),
+                             (train.TrainConfig(seq_len=32, tokens_per_step=96), 2, "=64 or --tokens_per_step=128")):
+        with pytest.raises(UsageError, match=says):
+            train.batch_shape(cfg, ranks)
+
+
+def test_progress_line():
+    line = train.metrics_line(120, 5000, loss=3.21451, lr=6e-4, gnorm=0.83, tok_s=41200, mfu=None, mem=None, eta=75)
+    assert line.startswith("step    120/5000 | loss 3.2145 | lr 6.00e-04 | gnorm  0.83 |  41.2k tok/s") and line.endswith("eta 1m15s")
+    assert train.clock(3 * 3600 + 61) == "3h01m" and len(train.spark(list(range(100)))) == 40
+
+
+# ---- A run, start to end ----
+
+def test_a_run_leaves_what_it_promises(tiny, capsys):
+    run_train(*tiny)
+    out, said = Path(out_of(tiny)), capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "report.html", "tokenizer", "ckpt"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["steps"] == 8 and config["params_local"] == [config["params_total"]] and config["layout"] == {"dp": 1}
+    rows = rows_of(out)
+    steps, evals = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 9)) and [r["step"] for r in evals] == [4, 8]
+    assert set(steps[0]) >= {"step", "loss", "lr", "grad_norm", "tokens", "tok_per_s"} and steps[-1]["tokens"] == 8 * 256
+    assert abs(steps[0]["loss"] - math.log(290)) < 0.2 and steps[-1]["loss"] < steps[0]["loss"]
+    assert (out / "ckpt/latest").read_text() == "step_00000008" and len(dist.checkpoints(out / "ckpt")) == 2
+    assert "step      8/8" in said and "bits/byte" in said and "--resume" in said
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") >= 5 and "http-equiv" not in page and "script" not in page
+    import xml.etree.ElementTree as xml
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        xml.fromstring(svg)
+    run_train(f"--out_dir={out}", "--sample", "--prompt=the model", "--max_new_tokens=5", "--n_samples=2")
+    assert capsys.readouterr().out.count("the model") == 2
+
+
+def test_bits_per_byte_counts_the_whole_validation_text(tiny):
+    """Recomputed document by document, without packing, from the exported weights."""
+    import data
+    import model as model_lib
+    flags = [f for f in tiny if not f.startswith("--eval_tokens")]
+    run_train(*flags)
+    out = Path(out_of(tiny))
+    row = [r for r in rows_of(out) if "val_loss" in r][-1]
+    folder = Path(next(f for f in tiny if f.startswith("--cache_dir")).split("=")[1]) / dist.newest_checkpoint(out / "ckpt")[1]["data"]
+    meta, tok = data.open_prepared(folder)
+    model, stream, nll, n = model_lib.from_pretrained(out).eval(), data.Shards(folder, "val"), 0.0, 0
+    for start, length in zip(stream.starts.tolist(), stream.lengths.tolist()):
+        for at in range(0, length, 32):
+            ids = torch.from_numpy(stream.read(start + at, min(32, length - at) + 1).astype("int64"))
+            with torch.no_grad():
+                logp = model(ids[None, :-1])[0].log_softmax(-1)
+            nll, n = nll - logp.gather(1, ids[1:, None]).sum().item(), n + len(ids) - 1
+    assert abs(row["val_loss"] - nll / n) < 1e-5
+    assert abs(row["val_bpb"] - nll / math.log(2) / meta["val_bytes"]) < 1e-5 * row["val_bpb"] + 1e-5
+
+
+@pytest.mark.parametrize("extra", [["--attn=mla", "--moe", "--n_expert=4", "--n_dense_layer=0"], ["--preset=gpt2", "--tokens_per_step=256", "--attn_dropout=0.1"],
+                                   ["--preset=llama", "--n_kv_head=1"], ["--dtype=bfloat16"], ["--optimizer=adamw", "--schedule=linear", "--packing=first_come"]])
+def test_variants_train(tiny, extra):
+    run_train(*tiny, *extra)
+    losses = losses_of(out_of(tiny))
+    assert losses[8] < losses[1]
+
+
+def test_accumulation_does_not_change_the_run(tiny, tmp_path):
+    """8 rows at once, or 4 x 2, or 1 x 8: losses to 1e-6, on packed ragged rows."""
+    seen = {}
+    for micro in (8, 2, 1):
+        out = tmp_path / f"m{micro}"
+        run_train(*elsewhere(tiny, out), f"--micro_batch={micro}", "--seq_len=32")
+        seen[micro] = losses_of(out)
+    for micro in (2, 1):
+        assert max(abs(seen[8][s] - seen[micro][s]) for s in seen[8]) < 2e-6
+
+
+# ---- Stopping and going on ----
+
+def test_killed_at_ten_random_moments_the_run_ends_in_the_same_bits(tiny, tmp_path):
+    flags = [*tiny, "--steps=30", "--resid_dropout=0.1", "--moe", "--n_expert=4", "--eval_every=10", "--save_every=2"]
+    start = time.monotonic()
+    in_child(elsewhere(flags, tmp_path / "whole"))
+    took, draw, kills = time.monotonic() - start, random.Random(0), 0
+    broken = elsewhere(flags, tmp_path / "broken")
+    while kills < 10:
+        pid = fork(lambda: run_train(*broken, "--resume"))
+        time.sleep(draw.uniform(0.05, 0.8) * took)
+        os.kill(pid, signal.SIGKILL)
+        kills += wait(pid) == -signal.SIGKILL
+        if (tmp_path / "broken/ckpt/step_00000030").is_dir():
+            break                                                # a quick machine: it got there between two kills
+    in_child([*broken, "--resume"])
+    assert kills >= 3
+    assert_same_bits(final(tmp_path / "whole"), final(tmp_path / "broken"))
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "broken")
+    rows = [r["step"] for r in rows_of(tmp_path / "broken") if "loss" in r]
+    assert rows == list(range(1, 31))                            # one row a step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_the_run_goes_on(number, tiny, tmp_path):
+    flags = [*tiny, "--steps=400", "--save_every=0", "--eval_every=0"]
+    pid = fork(lambda: run_train(*flags))
+    log = Path(out_of(tiny)) / "log.jsonl"
+    while not (log.exists() and log.stat().st_size > 2000):
+        time.sleep(0.02)
+    os.kill(pid, number)
+    assert wait(pid) == 0
+    step = dist.newest_checkpoint(Path(out_of(tiny)) / "ckpt")[2]
+    assert 0 < step < 400
+    in_child([f"--out_dir={out_of(tiny)}", "--resume", f"--steps={step + 2}"])
+    assert dist.newest_checkpoint(Path(out_of(tiny)) / "ckpt")[2] == step + 2
+
+
+def test_two_ranks_equal_one_and_take_over_its_run(tiny, tmp_path):
+    flags = [*tiny, "--moe", "--n_expert=4"]
+    in_child(elsewhere(flags, tmp_path / "one"))
+    in_child(elsewhere(flags, tmp_path / "two"), ranks=2)
+    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert max(abs(one[s] - two[s]) for s in one) < 5e-6
+    a, b = final(tmp_path / "one"), final(tmp_path / "two")
+    assert all((a[n] - b[n]).abs().max() < 1e-4 for n in a if n.startswith("model."))
+    assert json.loads((tmp_path / "two/config.json").read_text())["params_local"] == [json.loads((tmp_path / "one/config.json").read_text())["params_total"]] * 2
+
+    def stopped_at_four():                                       # one rank to step 4, then two ranks from there
+        save = dist.save_checkpoint
+        def save_and_die(folder, step, *rest):
+            save(folder, step, *rest)
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+        train.dist.save_checkpoint = save_and_die
+        run_train(*elsewhere(flags, tmp_path / "moved"))
+
+    assert wait(fork(stopped_at_four)) == -signal.SIGKILL
+    in_child([*elsewhere(flags, tmp_path / "moved"), "--resume"], ranks=2)
+    moved = losses_of(tmp_path / "moved")
+    assert moved.keys() == one.keys() and max(abs(one[s] - moved[s]) for s in one) < 5e-6
+
+
+def test_torchrun(tiny):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", ROOT / "train.py", *tiny],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step      8/8") == 1 and "x 2 ranks" in done.stdout
+    assert json.loads((Path(out_of(tiny)) / "config.json").read_text())["layout"] == {"dp": 2}
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tiny, capsys):
+    run_train(*tiny)
+    out = Path(out_of(tiny))
+    want = final(out)
+    victim = out / "ckpt/step_00000008/tensors.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\x7f")
+    run_train(f"--out_dir={out}", "--resume")
+    said = capsys.readouterr().out
+    assert "passed over" in said and "step_00000008" in said
+    assert_same_bits(final(out), want)
+    for path in (out / "ckpt").glob("step_*/manifest.json"):
+        path.write_text("{}")
+    with pytest.raises(UsageError, match="damaged"):
+        run_train(f"--out_dir={out}", "--resume")
+
+
+def test_a_full_disk_does_not_end_the_run(tiny, tmp_path):
+    log = tmp_path / "said"
+
+    def body():
+        save, out = dist.save_checkpoint, open(log, "w")
+        def full_at_four(folder, step, *rest):
+            if step == 4:
+                raise OSError(28, "No space left on device")
+            save(folder, step, *rest)
+        train.dist.save_checkpoint = full_at_four
+        os.dup2(out.fileno(), 1)
+        run_train(*tiny)
+
+    assert wait(fork(body)) == 0
+    assert "checkpoint at step 4 NOT saved (No space left on device)" in log.read_text()
+    assert dist.newest_checkpoint(Path(out_of(tiny)) / "ckpt")[2] == 8
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny):
+    def body():
+        step = train.micro_batches
+        def poisoned(loader, number, *rest):
+            batches, weight = step(loader, number, *rest)
+            if number == 5:
+                batches[0]["weights"][0, 0] = math.nan
+            return batches, weight
+        train.micro_batches = poisoned
+        with pytest.raises(UsageError, match="step 6"):
+            run_train(*tiny)
+
+    assert wait(fork(body)) == 0
+    tensors, _, step = dist.newest_checkpoint(Path(out_of(tiny)) / "ckpt")
+    assert step == 4 and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_new_runs_begin_from_weights(tiny, tmp_path, capsys):
+    import model as model_lib
+    run_train(*tiny)
+    first = out_of(tiny)
+    short = [f for f in tiny if not f.startswith(("--n_", "--vocab_size"))]
+    run_train(*elsewhere(short, tmp_path / "from_run"), f"--init_from={first}", "--lr=1e-9")
+    assert abs(losses_of(tmp_path / "from_run")[1] - losses_of(first)[8]) < 0.5 < losses_of(first)[1] - losses_of(tmp_path / "from_run")[1] + 0.6
+    a, b = model_lib.from_pretrained(first), model_lib.from_pretrained(tmp_path / "from_run")
+    torch.testing.assert_close(a.embed.weight, b.embed.weight, rtol=0, atol=1e-6)
+    model_lib.save_pretrained(a, tmp_path / "hf")
+    import tokenizer
+    tokenizer.load(Path(first) / "tokenizer").save(tmp_path / "hf")
+    run_train(*elsewhere(short, tmp_path / "from_hf"), f"--init_from={tmp_path}/hf", "--lr=1e-9")
+    assert losses_of(tmp_path / "from_hf")[1] == pytest.approx(losses_of(tmp_path / "from_run")[1], abs=1e-5)
+    run_train(f"--out_dir={tmp_path}/from_hf", "--resume", "--steps=9")          # which needs the weights no more
+    with pytest.raises(UsageError, match="--n_layer=5"):
+        run_train(*elsewhere(short, tmp_path / "x"), f"--init_from={first}", "--n_layer=5")
+
+
+def test_text_through_stdin(tiny, monkeypatch, corpus):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the model reads the stream. " * 400)))
+    run_train(*[f for f in tiny if not f.startswith("--input")], "--input", "-")
+    run_train(f"--out_dir={out_of(tiny)}", "--resume", "--steps=9")              # without stdin: the data lies in the run folder
+    assert losses_of(out_of(tiny))[9] < losses_of(out_of(tiny))[1]
+
+
+# ---- Mistakes ----
+
+def test_an_existing_run_is_kept(tiny):
+    run_train(*tiny)
+    before = final(out_of(tiny))
+    with pytest.raises(UsageError, match="already holds a run"):
+        run_train(*tiny)
+    for flag, says in (("--n_layer=3", r"--n_layer=3 \(the run has 2\)"), ("--seed=5", "--seed=5")):
+        with pytest.raises(UsageError, match=says):
+            run_train(*tiny, "--resume", flag)
+    assert_same_bits(final(out_of(tiny)), before)
+    run_train(*tiny, "--overwrite", "--seed=5")
+    assert not torch.equal(final(out_of(tiny))["model.embed.weight"], before["model.embed.weight"])
+
+
+def test_changed_text_is_not_resumed(tiny, tmp_path):
+    text = tmp_path / "t.txt"
+    text.write_text("the model reads. " * 300)
+    flags = [f"--input={text}" if f.startswith("--input") else f for f in tiny]
+    run_train(*flags)
+    import shutil
+    shutil.rmtree(Path(next(f for f in tiny if f.startswith("--cache_dir")).split("=")[1]) / dist.newest_checkpoint(Path(out_of(tiny)) / "ckpt")[1]["data"])
+    text.write_text("another text altogether. " * 300)
+    with pytest.raises(UsageError, match="text changed"):
+        run_train(*flags, "--resume", "--steps=9")
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--nlayer=3"], "did you mean --n_layer"), (["--n-layer=3"], "did you mean --n_layer"), (["--attn=mlaa"], "'mla'"), (["--steps=many"], "whole number"),
+    (["--input", "/does/not/exist"], "/does/not/exist"), (["--n_head=3"], "--n_head=3"), (["--tokens_per_step=100"], "--tokens_per_step=256"),
+    (["--dtype=float16"], "bfloat16"), (["--resume", "--overwrite"], "one of them"), (["--resume=/nowhere"], "not a checkpoint"), (["--steps=0"], "at least 1"),
+    (["--lr=-1"], "at least 0"), (["--dp=3"], "--nproc_per_node=3"), (["--init_from=/nowhere"], "/nowhere"), (["--sample", "--out_dir=/nowhere"], "/nowhere"),
+    (["--val_fraction=0"], "between"), (["--preset=gpt9"], "gpt2"), (["--kernels=cuda"], "triton"), (["--out_dir=/dev/null/x"], "/dev/null"),
+    (["--tokenizer=/nowhere"], "/nowhere"), (["--moe", "--n_active=99"], "--n_active=99"), (["--bench", "--bench_peer=/nowhere"], "/nowhere"),
+])
+def test_mistakes_are_one_line(argv, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=says) as caught:
+        run_train(*argv)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
+    for argv in (["--nlayer=3"], ["--n_head=3"]):
+        done = subprocess.run([sys.executable, ROOT / "train.py", *argv], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: --n_head" if argv[0] == "--n_head=3" else "train.py: there is no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_disk_is_refused_at_the_start(tiny, monkeypatch):
+    import collections
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+    with pytest.raises(UsageError, match="GB free"):
+        run_train(*tiny)
+    assert not Path(out_of(tiny)).exists()
+
+
+def test_plan_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_train("--plan", "--preset=gpt2", "--vocab_size=50257")
+    said = capsys.readouterr().out
+    assert "124,439,808 parameters" in said and "--resume" in said and not list(tmp_path.iterdir())
