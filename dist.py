@@ -87,7 +87,7 @@ def init(cfg):
         if local >= torch.cuda.device_count():
             raise UsageError(f"rank {rank} has no GPU: {torch.cuda.device_count()} on this machine; start fewer processes")
         torch.cuda.set_device(local)
-    else:                                    # torchrun sets one thread a rank, which leaves the other cores of a CPU idle
+    elif size > 1:                           # torchrun sets one thread a rank, which leaves the other cores of a CPU idle
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if size > 1 and not td.is_initialized():
         td.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=cfg.timeout))

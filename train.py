@@ -217,6 +217,8 @@ def evaluate(model, loader, meta, cfg, world, dtype):
 def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_tokens):
     """n continuations of a prompt, each cut at its end-of-text; the same for the same seed."""
     tokens_BT = torch.tensor([[eot, *tok.encode(prompt)]] * n, device=device)
+    if model.cfg.pos == "learned":                               # there is no vector for a place beyond seq_len
+        max_new_tokens = max(1, min(max_new_tokens, model.cfg.seq_len - tokens_BT.shape[1]))
     generator = torch.Generator(device).manual_seed(seed)
     with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
         out = model.generate(tokens_BT, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator)
