@@ -31,8 +31,8 @@ from tokenizer import UsageError, run_cli
 @dataclass
 class AttentionConfig:
     attn: str = "mha"              # token mixer of every block, a key of ATTENTION
-    n_embd: int = 256              # width of the residual stream
-    n_head: int = 4                # query heads
+    n_embd: int = 192              # width of the residual stream
+    n_head: int = 3                # query heads
     n_kv_head: int = 0             # key/value heads; 0 means n_head for mha, a quarter of them for gqa, 1 for mqa
     head_dim: int = 0              # width of a head; 0 means n_embd / n_head
     pos: str = "rope"              # how positions enter, a key of POSITIONS

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as td
 
-from tokenizer import UsageError, atomic_write, run_cli, sync_folder
+from tokenizer import UsageError, atomic_write, cores, run_cli, sync_folder
 
 
 @dataclass
@@ -88,7 +88,7 @@ def init(cfg):
             raise UsageError(f"rank {rank} has no GPU: {torch.cuda.device_count()} on this machine; start fewer processes")
         torch.cuda.set_device(local)
     elif size > 1:                           # torchrun sets one thread a rank, which leaves the other cores of a CPU idle
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if size > 1 and not td.is_initialized():
         td.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=cfg.timeout))
     return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))

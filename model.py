@@ -39,7 +39,7 @@ from tokenizer import UsageError, atomic_write, run_cli
 
 @dataclass
 class ModelConfig(AttentionConfig, MoEConfig):
-    vocab_size: int = 4096         # ids the model knows; a tokenizer trained here gets as many
+    vocab_size: int = 2048         # ids the model knows; a tokenizer trained here gets as many
     seq_len: int = 256             # tokens of a training row
     n_layer: int = 4               # blocks
     d_ff: int = 0                  # hidden width of the MLP; 0 means 4 n_embd, or two thirds of that where gated

@@ -175,6 +175,11 @@ def run_cli(main):
         sys.stdout.flush()
 
 
+def cores():
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # ---- Files (where documents come from, and how nothing is ever left half written) ----
 
 @contextlib.contextmanager
@@ -490,7 +495,7 @@ class ByteBPE(Tokenizer):
         return self.core.encode_ordinary(text)
 
     def encode_batch(self, texts):
-        return self.core.encode_ordinary_batch(list(texts), num_threads=max(1, len(os.sched_getaffinity(0))))
+        return self.core.encode_ordinary_batch(list(texts), num_threads=cores())
 
     def encode_reference(self, text):
         """The definition: cut into pre-tokens, replay the merges in each. Pure Python, equal to encode_plain."""

@@ -70,11 +70,11 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
     out_dir: str = "out"           # run folder: config, log, report, tokenizer, checkpoints
     preset: str = ""               # many flags at once, a key of PRESETS; other flags override it
     steps: int = 1500              # optimizer steps of the run
-    tokens_per_step: int = 8192    # tokens of an optimizer step, over all ranks
+    tokens_per_step: int = 2048    # tokens of an optimizer step, over all ranks
     micro_batch: int = 0           # rows a device holds at once; 0 chooses. The rest of a step is accumulated
     objective: str = "clm"         # what is predicted: clm, the next token
     optimizer: str = "adamw"       # a key of OPTIMIZERS
-    lr: float = 3e-3               # peak learning rate
+    lr: float = 4e-3               # peak learning rate
     schedule: str = "cosine"       # learning rate over the run, a key of SCHEDULES
     warmup: int = 50               # steps of linear warm-up
     min_lr: float = 0.05           # learning rate at the end, as a share of the peak

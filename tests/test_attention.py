@@ -123,8 +123,8 @@ def test_cached_steps_equal_the_full_pass_and_nothing_leaks_back(name, shapes_ch
 
 
 @pytest.mark.parametrize("fields, says", [
-    (dict(n_head=3), "one of"), (dict(attn="gqa", n_head=4, n_kv_head=3), r"\[1, 2, 4\]"), (dict(attn="mqa", n_kv_head=2), "--attn=gqa"),
-    (dict(attn="mla", qk_rope_head_dim=3), "use 4"), (dict(n_head=0), "n_head=0"),
+    (dict(n_head=3), "one of"), (dict(attn="gqa", n_head=4, n_kv_head=3), r"\[1, 2, 4\]"), (dict(attn="mqa", n_head=4, n_kv_head=2), "--attn=gqa"),
+    (dict(attn="mla", n_head=4, qk_rope_head_dim=3), "use 4"), (dict(n_head=0), "n_head=0"),
 ])
 def test_impossible_shapes_are_refused(fields, says):
     cfg = AttentionConfig(**dict(n_embd=32) | fields)

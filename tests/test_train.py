@@ -90,7 +90,7 @@ def test_batch_shape():
     assert train.batch_shape(cfg, 1) == (24, 24, 1) and train.batch_shape(cfg, 3) == (24, 8, 1)
     cfg.micro_batch = 4
     assert train.batch_shape(cfg, 2) == (24, 4, 3)
-    for cfg, ranks, says in ((train.TrainConfig(seq_len=300, tokens_per_step=8192), 1, "8100 or --tokens_per_step=8400"),
+    for cfg, ranks, says in ((train.TrainConfig(seq_len=300, tokens_per_step=2048), 1, "1800 or --tokens_per_step=2100"),
                              (train.TrainConfig(seq_len=32, tokens_per_step=96, micro_batch=2), 1, "=64 or --tokens_per_step=128"),
                              (train.TrainConfig(seq_len=32, tokens_per_step=96), 2, "=64 or --tokens_per_step=128")):
         with pytest.raises(UsageError, match=says):
@@ -343,7 +343,7 @@ def test_changed_text_is_not_resumed(tiny, tmp_path):
 
 @pytest.mark.parametrize("argv, says", [
     (["--nlayer=3"], "did you mean --n_layer"), (["--n-layer=3"], "did you mean --n_layer"), (["--attn=mlaa"], "'mla'"), (["--steps=many"], "whole number"),
-    (["--input", "/does/not/exist"], "/does/not/exist"), (["--n_head=3"], "--n_head=3"), (["--tokens_per_step=100"], "--tokens_per_step=256"),
+    (["--input", "/does/not/exist"], "/does/not/exist"), (["--n_head=5"], "--n_head=5"), (["--tokens_per_step=100"], "--tokens_per_step=256"),
     (["--dtype=float16"], "bfloat16"), (["--resume", "--overwrite"], "one of them"), (["--resume=/nowhere"], "not a checkpoint"), (["--steps=0"], "at least 1"),
     (["--lr=-1"], "at least 0"), (["--dp=3"], "--nproc_per_node=3"), (["--init_from=/nowhere"], "/nowhere"), (["--sample", "--out_dir=/nowhere"], "/nowhere"),
     (["--val_fraction=0"], "between"), (["--preset=gpt9"], "gpt2"), (["--kernels=cuda"], "triton"), (["--out_dir=/dev/null/x"], "/dev/null"),
@@ -357,9 +357,9 @@ def test_mistakes_are_one_line(argv, says, tmp_path, monkeypatch):
 
 
 def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
-    for argv in (["--nlayer=3"], ["--n_head=3"]):
+    for argv in (["--nlayer=3"], ["--n_head=5"]):
         done = subprocess.run([sys.executable, ROOT / "train.py", *argv], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: --n_head" if argv[0] == "--n_head=3" else "train.py: there is no")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: --n_head" if argv[0] == "--n_head=5" else "train.py: there is no")
     assert not list(tmp_path.iterdir())
 
 
