@@ -56,13 +56,11 @@ SKIPPED_FILES = {"html/entities.py", "pydoc_data/topics.py"}     # tables of nam
 
 def stdlib_files():
     """The sources of the running Python's standard library in path order, tests and tables left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    keep = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if not (any(part in SKIPPED_FOLDERS or part.startswith("test") for part in parts)
-                or path.name.startswith("_sysconfigdata") or "/".join(parts) in SKIPPED_FILES):
-            keep.append(path)
+    root, keep = Path(sysconfig.get_paths()["stdlib"]), []
+    for folder, inside, names in os.walk(root):
+        inside[:] = [name for name in inside if name not in SKIPPED_FOLDERS and not name.startswith("test")]
+        keep += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(("test", "_sysconfigdata"))]
+    keep = sorted(path for path in keep if path.relative_to(root).as_posix() not in SKIPPED_FILES)
     if len(keep) < 100:
         raise UsageError(f"this Python keeps no sources of its standard library in {root}; name your own text with --input")
     return keep

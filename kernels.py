@@ -11,7 +11,7 @@ reference with the same signature, which is its definition, its fall-back and it
 Every op is a torch.library custom op with a fake and an autograd formula, so that eager mode, torch.compile(fullgraph)
 and Triton's interpreter (TRITON_INTERPRET=1, which needs no GPU) all run it.
 
-Contents:    dispatch | rmsnorm | linear_cross_entropy | demo and bench
+Contents:    dispatch | rmsnorm | linear_cross_entropy | start-up | demo and bench
 Shapes:      M rows (B T flattened), D n_embd, V vocab
 References:
     [RMS]    Root Mean Square Layer Normalization, arXiv:1910.07467
@@ -19,8 +19,8 @@ References:
 Run me:      python kernels.py             (errors of every op against float64)
              python kernels.py --bench     (times beside PyTorch's own, on this device)
 """
+import inspect
 import os
-import sys
 import time
 from dataclasses import dataclass
 
@@ -294,6 +294,22 @@ def linear_cross_entropy(x_MD, w_VD, targets_M, weights_M):
     x_MD = to_autocast(x_MD)
     grad = torch.is_grad_enabled() and (x_MD.requires_grad or w_VD.requires_grad)
     return _linear_cross_entropy(x_MD.contiguous(), w_VD, targets_M, weights_M, grad)[0]
+
+
+# ---- Start-up (what should a run that compiles nothing not wait for?) ----
+
+def skip_dynamo():
+    """torch's optimizers and custom ops import torch.compile's machinery at their first call, a second or two, only to tell
+    it to leave them alone. In a run that compiles nothing there is nobody to tell: mark these functions as told, and take
+    the wrapper that imports it off AdamW's step."""
+    torch.optim.AdamW.step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    optimizer = torch.optim.Optimizer
+    told = [optimizer.add_param_group, optimizer.zero_grad, optimizer.state_dict, optimizer.load_state_dict]
+    for op in (_rmsnorm, _rmsnorm_backward, _linear_cross_entropy):
+        told += op._backend_fns.values()
+    for function in told:
+        if wrapped := getattr(function, "__wrapped__", None):
+            vars(wrapped).setdefault("__dynamo_disable", wrapped)
 
 
 # ---- Demo and bench ----

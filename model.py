@@ -20,6 +20,7 @@ References:
     [PaLM]   PaLM: Scaling Language Modeling with Pathways, arXiv:2204.02311
 Run me:      python model.py      (parameters, FLOPs and cache of the presets)
 """
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -167,13 +168,14 @@ class Model(nn.Module):
         super().__init__()
         validate(cfg)
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        if cfg.pos == "learned":
-            self.pos_embed = nn.Embedding(cfg.seq_len, cfg.n_embd)
-        self.dropout = nn.Dropout(cfg.embed_dropout)
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
-        self.norm = NORMS[cfg.norm](cfg.n_embd, cfg.norm_eps)
-        self.head = self.embed if cfg.tie_embeddings else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        with undrawn():
+            self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+            if cfg.pos == "learned":
+                self.pos_embed = nn.Embedding(cfg.seq_len, cfg.n_embd)
+            self.dropout = nn.Dropout(cfg.embed_dropout)
+            self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+            self.norm = NORMS[cfg.norm](cfg.n_embd, cfg.norm_eps)
+            self.head = self.embed if cfg.tie_embeddings else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.rope_dim = self.blocks[0].attn.rope_dim if cfg.pos == "rope" else 0
         init_parameters(self, cfg)
 
@@ -236,6 +238,19 @@ def pick(logits_BV, temperature=0.0, top_k=0, top_p=1.0, generator=None):
         sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= top_p] = 0          # what comes before already reaches top_p
         prob_BV = torch.zeros_like(prob_BV).scatter(1, order_BV, sorted_BV)
     return torch.multinomial(prob_BV, 1, generator=generator).squeeze(1)
+
+
+@contextlib.contextmanager
+def undrawn():
+    """Layers made in here get no weights of torch's drawing: init_parameters draws them all."""
+    drawn = {layer: layer.reset_parameters for layer in (nn.Linear, nn.Embedding)}
+    for layer in drawn:
+        layer.reset_parameters = lambda self: None
+    try:
+        yield
+    finally:
+        for layer, reset in drawn.items():
+            layer.reset_parameters = reset
 
 
 @torch.no_grad()

@@ -107,6 +107,7 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
+@functools.cache
 def read_config(path):
     """What the source text of a file says of its flags, without importing it (torch takes seconds to import, a typing
     error should not): ({field: (default, comment, bare, many)}, {flag: choices}).

@@ -220,7 +220,8 @@ def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_to
     if model.cfg.pos == "learned":                               # there is no vector for a place beyond seq_len
         max_new_tokens = max(1, min(max_new_tokens, model.cfg.seq_len - tokens_BT.shape[1]))
     generator = torch.Generator(device).manual_seed(seed)
-    with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()      # lengths change
+    with autocast(device, dtype), eager:
         out = model.generate(tokens_BT, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator)
     texts = []
     for ids in out[:, 1:].tolist():
@@ -633,6 +634,8 @@ def main(argv):
     cfg = settle_config(typed)
     ranks = dist.validate(cfg)
     batch_shape(cfg, ranks)
+    if not cfg.compile:
+        kernels.skip_dynamo()
     kernels.use(cfg.kernels)
     for chosen, action in ((cfg.plan, plan), (cfg.sample, sample), (cfg.bench, bench)):
         if chosen:
