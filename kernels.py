@@ -154,9 +154,12 @@ def _rmsnorm_backward(dy_MD: torch.Tensor, x_MD: torch.Tensor, w_D: torch.Tensor
                       rstd_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     M, D = x_MD.shape
     if not takes_triton(x_MD):
-        xhat_MD, g_MD = x_MD * rstd_M[:, None], dy_MD * w_D
-        dw_D = (dy_MD * xhat_MD).sum(0)
-        dx_MD = g_MD.addcmul_(xhat_MD, (g_MD * xhat_MD).mean(-1, keepdim=True), value=-1).mul_(rstd_M[:, None])
+        rstd_M1, w32_D = rstd_M[:, None], w_D.to(rstd_M.dtype)
+        xhat_MD = x_MD * rstd_M1
+        p_MD = dy_MD * xhat_MD
+        mean_M1 = torch.mv(p_MD, w32_D)[:, None] / D             # mean_j of dy_j w_j xhat_j
+        dx_MD = (dy_MD * w32_D).addcmul_(xhat_MD, mean_M1, value=-1).mul_(rstd_M1)
+        dw_D = p_MD.sum(0)
         return dx_MD.to(x_MD.dtype), dw_D.to(w_D.dtype)
     ROWS = 16
     programs = triton.cdiv(M, ROWS)
