@@ -643,6 +643,20 @@ def main(argv):
     train(cfg, typed)
 
 
+def listen_for_stop():
+    """A list that SIGTERM or Ctrl-C makes longer: the step is finished and saved first. A second signal ends the process
+    at once."""
+    stop = []
+
+    def on_signal(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        stop.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    return stop
+
+
 def train(cfg, typed):
     # everything that can be refused is refused before the run folder is touched
     world = dist.init(cfg)
@@ -684,13 +698,7 @@ def train(cfg, typed):
         return dist.shutdown()
     log = start_run_folder(cfg, world, model, tok, start) if world.main else None
 
-    stop = []                                                    # signals only raise a flag; the step is finished first
-    def on_signal(number, frame):
-        signal.signal(number, signal.SIG_DFL)                    # a second one ends the process at once
-        stop.append(number)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-
+    stop = listen_for_stop()
     flops, peak = model_lib.flops_per_token(model, cfg.seq_len), peak_flops(world.device, dtype)
     seconds, recent, paused, begun = state["seconds"] if state else 0.0, [], 0.0, time.perf_counter()
 
@@ -765,7 +773,7 @@ def train(cfg, typed):
     else:
         say(f"done in {clock(time.perf_counter() - begun)}: {out}/report.html shows the run; sample with: "
             f"python train.py --out_dir={out} --sample")
-    step_fn = None
+    step_fn = None                                               # DDP lets go of the group before the group ends
     dist.shutdown()
 
 
