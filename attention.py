@@ -6,7 +6,7 @@ the keys and values of all heads can be made again.
 
     y_t = sum_{s <= t} softmax_s( q_t . k_s / sqrt(K) ) v_s                                              [AIAYN eq 1]
     RoPE: q_t -> R(t) q_t, k_s -> R(s) k_s, so that q_t . k_s depends on t - s alone                     [RoPE eq 16]
-    MLA:  c_s = W_dkv x_s;  k_s = [W_uk c_s ; RoPE(W_kr x_s)],  v_s = W_uv c_s;  only c_s and the RoPE part are cached
+    MLA:  c_s = RMSNorm(W_dkv x_s);  k_s = [W_uk c_s ; RoPE(W_kr x_s)],  v_s = W_uv c_s;  only c_s and the RoPE part are cached
 
 Contents:    config | positions | which keys | cache | softmax attention | MHA, MQA, GQA | MLA | ATTENTION | demo
 Shapes:      B batch, T queries, S keys, D n_embd, H heads, G kv heads, K query/key head dim, U value head dim,

@@ -2,7 +2,7 @@
 
 A step of training is matrix products, which the libraries do well, and everything between them, which moves bytes.
 A kernel here exists where fewer bytes move than in any chain of library calls, and each stands beside a plain PyTorch
-reference with the same signature, which is its definition, its fall-back and its test.
+reference with the same signature, which is its definition and its test; without Triton torch's own ops compute it.
 
     rmsnorm               y_i = x_i w_i / sqrt(mean_j x_j^2 + eps)            x is read once, one float a row is kept  [RMS eq 4]
     linear_cross_entropy  sum_m weight_m (log sum_v exp(l_mv) - l_m,target)   with l = x w^T, and l never stored:
@@ -32,7 +32,7 @@ from tokenizer import UsageError, run_cli
 try:
     import triton
     import triton.language as tl
-except ImportError:                        # CPU builds of torch come without it; everything below then uses the references
+except ImportError:                        # CPU builds of torch come without it; everything below then runs on torch's own ops
     triton = None
 
     class tl:

@@ -7,7 +7,7 @@ Parameters grow with n_expert, the work per token only with n_active.
     s_e  = sigmoid(x . r_e)                                    score of expert e                       [DSV3 eq 15]
     A    = top n_active of s_e + b_e                           the bias chooses, it does not weigh     [DSV3 eq 16]
     g_e  = s_e / sum_{a in A} s_a  for e in A, else 0          gates of the chosen sum to one          [DSV3 eq 13]
-    y    = sum_shared MLP(x) + sum_{e in A} g_e MLP_e(x)                                               [DSV3 eq 12]
+    y    = sum_shared MLP(x) + routed_scale sum_{e in A} g_e MLP_e(x)                                               [DSV3 eq 12]
     b_e += bias_lr sign(mean count - count_e)                  after each optimizer step               [LossFree alg 1]
 
 The last line keeps the experts evenly loaded without an auxiliary loss: an overloaded expert becomes a little less

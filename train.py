@@ -7,8 +7,8 @@ for any split of the batch), the run safe (stop it whenever you like, go on to t
     loss = sum weights nll / sum weights                       over all micro-batches and ranks of the step
     m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2           g clipped to norm grad_clip                [Adam alg 1]
     w = w - lr ( m^ / (sqrt(v^) + eps) + weight_decay w )      m^, v^ corrected for their start at 0    [AdamW alg 2]
-    lr(step) = peak * min(1, (step + 1) / warmup) * cosine     a function of the step alone             [SGDR eq 5]
-    bits per byte = nll of the validation text in bits / its UTF-8 bytes     (comparable between tokenizers)
+    lr(step) = peak (step + 1) / warmup, then peak (min_lr + (1 - min_lr) cosine)                       [SGDR eq 5]
+    bits per byte = nll of the validation text in bits / its UTF-8 bytes     (at most --eval_tokens of it, spread evenly)
 
 Contents:    config | optimizer | schedules | precision | the batch | evaluation | run folder | report | plan | sample |
              bench | main
