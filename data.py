@@ -184,8 +184,7 @@ def prepare(cfg, vocab_size, run_folder, say=print):
     name only when it is complete."""
     make, source = text_source(cfg, run_folder)
     ready = tok_lib.load(cfg.tokenizer, cfg.pattern) if cfg.tokenizer else None
-    spec = hashlib.sha256(repr(sorted(ready.ranks.items())).encode() + repr(sorted(ready.special.items())).encode()
-                          ).hexdigest() if ready else [vocab_size, cfg.pattern, cfg.tokenizer_mb]
+    spec = ready.fingerprint if ready else [vocab_size, cfg.pattern, cfg.tokenizer_mb]
     key = hashlib.sha256(json.dumps(["format 1", source, spec, cfg.val_fraction]).encode()).hexdigest()[:16]
     root = cache_root(cfg, run_folder)
     folder = root / f"data-{key}"
@@ -202,12 +201,11 @@ def prepare(cfg, vocab_size, run_folder, say=print):
     cut, inside = split_point(sizes, cfg.val_fraction)
     if ready is None:
         texts = [text for number, text in sample if number < cut + bool(inside)]
-        ranks = tok_lib.train_bbpe(tok_lib.count_pretokens(texts, cfg.pattern), vocab_size - 1)
-        ready = tok_lib.ByteBPE(ranks, cfg.pattern, ["<|endoftext|>"])
-        say(f"tokenizer: {len(ranks):,} byte-level tokens learned from {sum(map(len, texts)) / 1e6:.1f} MB of the text"
-            + (f" (it could not fill --vocab_size={vocab_size})" if len(ranks) < vocab_size - 1 else ""))
+        ready, _ = tok_lib.train(texts, "bbpe", vocab_size - 1, pattern=cfg.pattern, special=["eos"])
+        say(f"tokenizer: {ready.n_vocab - 1:,} byte-level tokens learned from {sum(map(len, texts)) / 1e6:.1f} MB of the text"
+            + (f" (it could not fill --vocab_size={vocab_size})" if ready.n_vocab < vocab_size else ""))
     if not any(name in ready.special for name in END_OF_TEXT):
-        ready = tok_lib.ByteBPE(ready.ranks, ready.pattern, ready.special | {END_OF_TEXT[0]: ready.n_vocab})
+        ready = ready.with_special(END_OF_TEXT[:1])
         say(f"tokenizer: it has no end-of-text token, so {END_OF_TEXT[0]} became id {ready.n_vocab - 1}")
     temp = Path(tempfile.mkdtemp(prefix=".data-", dir=root))
     try:

@@ -1,38 +1,55 @@
 """Tokenizer: how text becomes ids.
 
-A language model reads whole numbers, so text must become a short list of them, and any text whatever must come
-back unchanged. Byte-level BPE starts from the 256 bytes, so that nothing is ever unknown, and learns which
-neighbours belong together: again and again the most frequent pair becomes one new token. What it learned is the
-list of merges in order; encoding replays that list inside each pre-token.
+A language model reads whole numbers, so text must become a short list of them, and come back. Four algorithms learn
+the list of tokens. BPE joins, again and again, the two neighbours most often seen together; WordPiece the two whose
+joining makes the text most likely; Unigram begins with too many pieces and drops those the text misses least; and
+byte-level BPE does BPE on the 256 bytes, so that nothing is ever unknown.
 
-    train:   (a, b) = argmax_{a,b} count(a b);   every "a b" becomes "ab";   repeat                  [BPE alg 1]
-    encode:  while some neighbours "a b" were merged in training: merge those that were merged first
-    decode:  the bytes of the ids, joined
+    BPE:        (a, b) = argmax_{a,b} count(a b);   every "a b" becomes "ab";   repeat               [BPE alg 1]
+    WordPiece:  (a, b) = argmax_{a,b} count(a b) / (count(a) count(b)), likewise                      [WP sec 3]
+    Unigram:    x* = argmax_x sum_i log p(x_i) over the segmentations x of the text                   [SR eq 3]
 
-Pre-tokens (a regular expression cuts text into words, numbers, runs of space) keep merges inside words and make
-training cheap: a corpus is a table of unique words with counts.                                    [GPT2 sec 2.2]
+All are the same pipeline: normalise the text, cut it into words that no token reaches across (so a corpus is a table
+of unique words with counts), look up each word's tokens. Its steps are those of Hugging Face's tokenizer.json, and
+every other vocabulary file is read into them and written from them.
 
-Contents:    flags | files | pre-token patterns | training | Tokenizer | ByteBPE | load and save | command line
+Contents:    flags | files | normalisers | words | counting | BPE training | BPE | WordPiece | Unigram | Tokenizer |
+             vocabulary files | training a tokenizer | command line
 References:
     [BPE]    Neural Machine Translation of Rare Words with Subword Units, arXiv:1508.07909
     [GPT2]   Language Models are Unsupervised Multitask Learners, OpenAI 2019
-Run me:      python tokenizer.py                  (trains a vocabulary on a paragraph and shows every merge at work)
-             python tokenizer.py train --vocab_size=4096 --input book.txt --out tok
+    [WP]     Japanese and Korean Voice Search, ICASSP 2012
+    [SR]     Subword Regularization, arXiv:1804.10959
+    [DROP]   BPE-Dropout, arXiv:1910.13267
+Run me:      python tokenizer.py                  (learns four vocabularies from one paragraph and shows them at work)
+             python tokenizer.py train --model=bbpe --vocab_size=4096 --input book.txt --out tok
 """
 import argparse
 import ast
+import base64
+import codecs
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
 import functools
 import gzip
+import hashlib
 import heapq
+import io
+import itertools
 import json
+import math
+import operator
 import os
+import random
 import re
+import struct
 import sys
 import time
-from collections import Counter
+import unicodedata
+from array import array
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -293,24 +310,661 @@ def warn_about(report):
     return ", ".join(f"{report[key]:,} {text}" for key, text in says.items() if report[key])
 
 
-# ---- Pre-token patterns (where may a token never reach across?) ----
+# ---- Normalisers (which different writings count as the same text?) ----
 
-PATTERNS = {                         # every character of a text falls in exactly one match
-    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-    "cl100k": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
-              r"""\s*[\r\n]+|\s+(?!\S)|\s+""",
+def _lower(text):
+    return text.replace("Σ", "σ").lower()                        # character by character: no final sigma
+
+
+def _bert(step):
+    """BERT's cleaning: no control characters, one kind of space, Han characters as words, no accents, lower case."""
+    lower = step.get("lowercase", True)
+    accents = lower if step.get("strip_accents") is None else step["strip_accents"]
+
+    def run(text):
+        if step.get("clean_text", True):
+            text = BERT_SPACE.sub(" ", BERT_DROPS.sub("", text))
+        if step.get("handle_chinese_chars", True):
+            text = BERT_HAN.sub(r" \g<0> ", text)
+        if accents:
+            text = ACCENTS.sub("", unicodedata.normalize("NFD", text))
+        return _lower(text) if lower else text
+    return run
+
+
+BERT_DROPS = regex.compile(r"(?![\t\n\r])[\p{Cc}\p{Cf}\p{Co}\ufffd]")
+BERT_SPACE = regex.compile(r"[\t\n\r\p{Zs}\u2028\u2029]")
+BERT_HAN = regex.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f"
+                    "\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")         # Hugging Face's ranges; BERT begins one at 2b820
+ACCENTS = regex.compile(r"\p{Mn}")
+PUNCTUATION = r"[!-/:-@\[-`{-~\p{P}]"
+
+
+# A character map, the form in which SentencePiece models carry rewriting rules (225,000 in 240 kB): a trie over the UTF-8 bytes of the sources, as a "double array": every node owns a base, and its child for byte c
+# sits in slot base ^ c. A slot is one uint32: bits 0-7 its byte c (so that a wrong guess is noticed), bit 8 "a source
+# ends here", bits 10-30 slot ^ base of the node, to be shifted left by 8 more if bit 9 is set. Where a source ends,
+# slot base ^ 0 has bit 31 and the position of the replacement among the NUL-terminated strings behind the trie.
+# Many slots may lead to one base: equal subtrees are stored once (the endings of all Hangul syllables, say).
+
+END = 1 << 31
+
+
+@functools.lru_cache(4)
+def read_charsmap(blob):
+    """precompiled_charsmap -> {source: replacement}; no bytes mean no rules."""
+    size = int.from_bytes(blob[:4], "little")
+    if blob and (size == 0 or size % 1024 or 4 + size >= len(blob) or blob[-1]):
+        raise ValueError(f"a character map of {len(blob)} bytes cannot hold a trie of {size} (a multiple of 1024) and strings "
+                         "that end in NUL: the model file is damaged")
+    slots = np.frombuffer(blob, "<u4", size // 4, 4 if blob else 0).astype(np.int64)
+    label, jump = slots & (END | 255), (slots >> 10) << (slots >> 6 & 8)
+    strings, every, known = blob[4 + size:], np.arange(1, 256), {}
+
+    def below(slot):                            # [(rest of a source, its replacement)], a shared subtree read once
+        node = base, ends = int(slot ^ jump[slot]), bool(slots[slot] & 256)
+        if base | 255 >= len(slots) or known.get(node, 0) is None:
+            raise ValueError(f"slot {slot} of the character map leads out of it or in a circle: the model file is damaged")
+        if node not in known:
+            known[node] = None                  # being read: to meet it now is to walk in a circle
+            start = int(slots[base]) & END - 1
+            out = [(b"", strings[start:strings.index(0, start)].decode())] if ends else []
+            for byte in every[label[base ^ every] == every].tolist():
+                out += [(bytes([byte]) + rest, to) for rest, to in below(base ^ byte)]
+            known[node] = out
+        return known[node]
+
+    return {source.decode(): to for source, to in below(0)} if blob else {}
+
+
+def write_charsmap(table):
+    """{source: replacement} -> precompiled_charsmap. First fit: the nodes with most children choose their base first."""
+    if "" in table or any("\0" in source + to for source, to in table.items()):
+        raise ValueError("a character map ends its strings with NUL: it cannot rewrite NUL, nor the empty string")
+    trie, at, strings = {}, {}, bytearray()
+    for source, to in table.items():
+        node = trie
+        for byte in source.encode():
+            node = node.setdefault(byte, {})
+        if to not in at:
+            at[to] = len(strings)
+            strings += to.encode() + b"\0"
+        node[0] = at[to]                        # no source holds byte 0: it is free to mean "ends"
+    numbers = {}                                # ((byte, number of the child or position of the replacement), ...) -> number
+
+    def share(node):
+        key = tuple((byte, share(child) if byte else child) for byte, child in sorted(node.items()))
+        return numbers.setdefault(key, len(numbers))
+
+    root, nodes, base = share(trie), list(numbers), {}
+    free, fresh, low = [], [], np.arange(256)   # blocks of 256: slots without content, bases without owner
+    first_block = Counter()                     # number of children -> the first block that may still have room
+    for number in sorted(range(len(nodes)), key=lambda n: -len(nodes[n])):
+        labels = np.array([byte for byte, _ in nodes[number]], int)
+        for block in itertools.count(first_block[len(labels)]):
+            if block == len(free):
+                free.append(np.arange(256) + block > 0)             # slot 0 is the root
+                fresh.append(free[block].copy())
+            fits = fresh[block] & free[block][low[:, None] ^ labels].all(1)
+            if fits.any():
+                break
+        offset = int(fits.argmax())
+        free[block][offset ^ labels] = fresh[block][offset] = False
+        base[number], first_block[len(labels)] = block << 8 | offset, block
+    slots = np.full(256 * len(free), END, "<u4")                    # an empty slot matches no byte
+    if len(slots) > 1 << 21:
+        raise ValueError(f"{len(table)} rules need {len(slots)} slots: 2,097,152 is what bits 10-30 address")
+    for slot, byte, child in [(0, 0, root)] + [(base[n] ^ byte, byte, child) for n, node in enumerate(nodes) for byte, child in node]:
+        if slot and not byte:
+            slots[slot] = END | child
+        else:
+            slots[slot] = byte | any(b == 0 for b, _ in nodes[child]) << 8 | (slot ^ base[child]) << 10
+    return struct.pack("<I", slots.nbytes) + slots.tobytes() + bytes(strings) if table else b""
+
+
+def longest_sources(table):
+    return {source[0]: len(source) for source in sorted(table, key=len)}
+
+
+def rewrite(text, table, longest):
+    """Left to right, at each place the longest source that fits. longest: first character -> longest source it starts."""
+    out, at = [], 0
+    while at < len(text):
+        for size in range(min(longest.get(text[at], 1), len(text) - at), 0, -1):
+            to = table.get(text[at:at + size])
+            if to is not None:
+                break
+        out.append(text[at] if to is None else to)
+        at += size
+    return "".join(out)
+
+
+def nfkc_table(nmt=False, fold=False):
+    """The rules of SentencePiece's nfkc, nmt_nfkc, nfkc_cf and nmt_nfkc_cf, as far as this Python's Unicode goes.
+
+    A rule for each character that NFKC changes, and for each sequence that it composes, spelt with any characters that
+    stand for its parts: three kinds of jamo spell a Hangul syllable in up to 27 ways, which fills most of the table.
+    """
+    table, spellings, sequences = {}, {}, set()
+    for c in map(chr, itertools.chain(range(1, 0xD800), range(0xE000, 0x110000))):
+        if unicodedata.normalize("NFKC", c) != c:
+            table[c] = unicodedata.normalize("NFKC", c)
+        parts = unicodedata.normalize("NFKD", c)
+        if len(parts) == 1:
+            spellings.setdefault(parts, []).append(c)
+        else:
+            sequences.add(parts)
+    for parts in sequences:
+        to = unicodedata.normalize("NFKC", parts)
+        if to != parts:
+            spelt = map("".join, itertools.product(*(spellings.get(c, c) for c in parts)))
+            table.update((source, to) for source in spelt if source != to)
+    if nmt:                                     # for machine translation: white space is a space, controls are nothing
+        table |= dict.fromkeys("\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u2581\ufeff\ufffd", " ")
+        table |= dict.fromkeys(map(chr, [*range(1, 9), 11, *range(14, 32), 0x7F, 0x8F, 0x9F]), "")
+        del table["\uff5e"]                     # the wide tilde is a character of its own in Japanese
+    table = drop_redundant(table)
+    if fold:
+        def simple(c):                          # one character to one: casefold alone would make two of \u00df
+            return next((to for to in (c.casefold(), c.lower()) if len(to) == 1), c)
+        table = {source: "".join(map(simple, to)) for source, to in table.items()}
+        for c in map(chr, range(0x110000)):
+            if simple(c) != c:
+                table.setdefault(c, simple(c))
+        table = drop_redundant(table)
+    return table
+
+
+def drop_redundant(table):
+    """Without the rules whose result the shorter rules give anyway."""
+    kept, longest = {}, longest_sources(table)
+    for size, sources in itertools.groupby(sorted(table, key=len), len):
+        kept |= {s: table[s] for s in [*sources] if size == 1 or rewrite(s, kept, longest) != table[s]}
+    return kept
+
+
+def make_normalizer(table):
+    """text -> text by the rules, at the speed of a regular expression where nothing can change."""
+    if not table:
+        return lambda text: text
+    # A source is one character and then hot ones. So no source crosses the end of a run of hot characters, nor the
+    # place one character before it: what lies between these two is rewritten by itself.
+    hot = sorted({c for source in table for c in source[1:] or source if c < "\U00010000"})
+    runs = re.compile("[" + "".join(map(re.escape, hot)) + "\U00010000-\U0010ffff]+")     # rare ones: re is slow with a list
+    longest = longest_sources(table)
+    remember = functools.lru_cache(1 << 16)(lambda text: rewrite(text, table, longest))
+
+    def normalizer(text):
+        out, done = [], 0
+        for run in runs.finditer(text):
+            start, end = max(run.start() - 1, done), run.end()
+            out += text[done:start], remember(text[start:end]) if end - start < 32 else rewrite(text[start:end], table, longest)
+            done = end
+        return "".join(out) + text[done:]
+    return normalizer
+
+
+def charsmap(blob, longest_match):
+    """A character map at work: in SentencePiece the longest source wins wherever it stands; in Hugging Face's step the
+    shortest that begins a grapheme of less than 6 bytes replaces all of it, else each character goes by itself."""
+    table = read_charsmap(blob)
+    if longest_match:
+        return make_normalizer(table)
+
+    def grapheme(match):
+        text = match[0]
+        if len(text.encode("utf-8", "surrogatepass")) < 6:
+            for end in range(1, len(text) + 1):
+                if text[:end] in table:
+                    return table[text[:end]]
+        return "".join(table.get(c, c) for c in text)
+
+    return lambda text: CLUSTERS.sub(grapheme, text)
+
+
+CLUSTERS = regex.compile(r"\X")
+
+
+def _strip(step):
+    left, right = step.get("strip_left", True), step.get("strip_right", True)
+    return {(True, True): str.strip, (True, False): str.lstrip, (False, True): str.rstrip}.get((left, right), str)
+
+
+def _replace(step):
+    find, content = regex_of(step["pattern"]), step["content"]
+    if "String" in step["pattern"]:
+        return lambda text: text.replace(step["pattern"]["String"], content)
+    return lambda text: find.sub(lambda _: content, text)
+
+
+def regex_of(pattern):
+    """A pattern of tokenizer.json is {"String": literal} or {"Regex": expression}."""
+    return compiled(pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"]))
+
+
+NORMALIZERS = {                      # the steps of tokenizer.json, each giving str -> str
+    **{form: lambda step: functools.partial(unicodedata.normalize, step["type"]) for form in ("NFC", "NFD", "NFKC", "NFKD")},
+    "Lowercase": lambda step: _lower,
+    "StripAccents": lambda step: functools.partial(regex.compile(r"\p{M}").sub, ""),
+    "BertNormalizer": _bert,
+    "Strip": _strip,
+    "Replace": _replace,
+    "Prepend": lambda step: lambda text: step["prepend"] + text if text else text,
+    "Precompiled": lambda step: charsmap(base64.b64decode(step["precompiled_charsmap"]), step.get("longest_match", False)),
 }
+
+
+# ---- Words (where may a token never reach across?) ----
+
+_CL100K = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
+           r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
+PATTERNS = {                         # --pattern; every character of a text falls in exactly one match
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    "cl100k": _CL100K,
+    "llama3": _CL100K,
+    "qwen2": _CL100K.replace("{1,3}", ""),                       # every digit by itself
+    "o200k": (r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+              r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+              r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""),
+    "deepseek": (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",          # several: each cuts what the one before it left
+                 r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+                 r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""),
+}
+KNOWN_PATTERNS = {each for found in PATTERNS.values() for each in ([found] if isinstance(found, str) else found)}
+LINE_WORDS = "[^ \r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]"    # subword-nmt's
 
 
 @functools.cache
 def compiled(pattern):
     try:
-        return regex.compile(PATTERNS.get(pattern, pattern))
+        return regex.compile(pattern)
     except regex.error as error:
         raise UsageError(f"--pattern={pattern}: neither one of {list(PATTERNS)} nor a regular expression ({error})") from None
 
 
-# ---- Training (which neighbours belong together?) ----
+def split_steps(pattern):
+    """The cutting steps of a pattern: a name in PATTERNS or a regular expression."""
+    found = PATTERNS.get(pattern, pattern)
+    return [dict(type="Split", pattern=dict(Regex=compiled(each).pattern), behavior="Isolated", invert=False)
+            for each in ([found] if isinstance(found, str) else found)]
+
+
+ASTRAL = re.compile("[\U00010000-\U0010ffff]")
+
+
+@functools.cache
+def splitter(source):
+    """The function that lists the pre-tokens of a text: regex.findall, for named patterns twice as fast.
+
+    Python's own `re` is the faster engine but knows no classes like L (letters). So a named pattern is rewritten with
+    its classes spelled out as ranges up to U+FFFF; a text with a member of a class beyond that takes the slow way.
+    A user's own expression always does, for `re` may read it otherwise."""
+    exact = compiled(source).findall
+    if source not in KNOWN_PATTERNS:
+        return exact
+    plane, name = "".join(map(chr, range(0x10000))), r"\\p\{\w+\}|\\s"
+    ranges = lambda m: "".join(f"\\u{ord(r[0]):04x}-\\u{ord(r[-1]):04x}" for r in regex.findall(m[0] + "+", plane))
+    spell = lambda m: re.sub(name, ranges, m[0] if m[0][0] == "[" else f"[{m[0]}]")
+    fast = re.compile(re.sub(rf"\[[^]]*\]|{name}", spell, source.replace(r"\S", r"[^\s]"))).findall
+    missed = regex.compile("|".join(sorted(set(re.findall(name, source))))).search
+
+    def split(text):
+        beyond = "" if text.isascii() else "".join(set(ASTRAL.findall(text)))
+        return exact(text) if beyond and missed(beyond) else fast(text)
+    return split
+
+
+def step_of(table, step):
+    """The function of a step of tokenizer.json."""
+    if step["type"] not in table:
+        raise UsageError(f"tokenizer.json asks for the step {step['type']}, which is not done here; known are {', '.join(table)}")
+    return table[step["type"]](step)
+
+
+
+def _split(step):
+    """Cut at the matches of a pattern: they are kept ("Isolated"), dropped ("Removed"), or joined to a neighbour."""
+    find, invert, behavior = regex_of(step["pattern"]), step.get("invert", False), step["behavior"]
+
+    def cut(text, first=True):
+        if not find.groups and (behavior == "Isolated" or behavior == "Removed" and invert):
+            pieces = splitter(find.pattern)(text)
+            if behavior == "Removed" or sum(map(len, pieces)) == len(text):    # nothing to keep between the matches
+                return [*filter(None, pieces)]
+        parts, end = [], 0
+        for match in find.finditer(text):
+            parts += [(text[end:match.start()], invert), (match[0], not invert)]
+            end = match.end()
+        parts = [(part, hit) for part, hit in [*parts, (text[end:], invert)] if part]
+        if behavior == "Isolated":
+            return [part for part, _ in parts]
+        if behavior == "Removed":
+            return [part for part, hit in parts if not hit]
+        joined, before = [], None                                # MergedWithPrevious, MergedWithNext, Contiguous
+        for part, hit in parts:
+            if joined and (hit and before is False and behavior == "MergedWithPrevious"
+                           or before and not hit and behavior == "MergedWithNext" or before == hit and behavior == "Contiguous"):
+                joined[-1] += part
+            else:
+                joined.append(part)
+            before = hit
+        return joined
+    return cut
+
+
+def _byte_level(step):
+    cut = split_step(PATTERNS["gpt2"]) if step.get("use_regex", True) else None
+    if not cut and not step.get("add_prefix_space", True):
+        return None                                              # it only says that the model is over bytes
+
+    def run(text, first=True):
+        if step.get("add_prefix_space", True) and not text.startswith(" "):
+            text = " " + text
+        return cut(text) if cut else [text]
+    return run
+
+
+def _metaspace(step):
+    """Spaces become a visible `▁` which opens the word after it."""
+    mark = step.get("replacement", "▁")
+    scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
+    cut = split_step(regex.escape(mark), "MergedWithNext") if step.get("split", True) else None
+
+    def run(text, first=True):
+        text = text.replace(" ", mark)
+        if not text.startswith(mark) and (scheme == "always" or scheme == "first" and first):
+            text = mark + text
+        return cut(text) if cut else [text]
+    return run
+
+
+def split_step(pattern, behavior="Isolated", invert=False):
+    return _split(dict(pattern=dict(Regex=pattern), behavior=behavior, invert=invert))
+
+
+def _bert_cut(step):
+    words, marks = split_step(r"\s+", "Removed"), split_step(PUNCTUATION)
+    return lambda text, first=True: [part for word in words(text) for part in marks(word)]
+
+
+CUTS = {                             # the pre-tokenisers of tokenizer.json, each giving str -> list of str
+    "Split": _split,
+    "ByteLevel": _byte_level,
+    "Metaspace": _metaspace,
+    "BertPreTokenizer": _bert_cut,
+    "Whitespace": lambda step: split_step(r"\w+|[^\w\s]+", "Removed", invert=True),
+    "WhitespaceSplit": lambda step: split_step(r"\s+", "Removed"),
+    "Digits": lambda step: split_step(r"\p{N}" if step.get("individual_digits") else r"\p{N}+"),
+    "Punctuation": lambda step: split_step(PUNCTUATION, step.get("behavior", "Isolated")),
+    "CharDelimiterSplit": lambda step: split_step(regex.escape(step["delimiter"]), "Removed"),
+}
+# ---- Counting (what of a corpus does a trainer need?) ----
+
+LONG, CHUNK = 1 << 20, 1 << 21       # characters: longer documents are cut where that is safe; what a worker counts at a time
+SAFE_CUT = re.compile(r"[!-~](?= )|\S\n(?=[^\s/])")
+
+
+def word_function(steps, cut, by_mark=False):
+    """text -> list of its words, for a pipeline still without a model; by_mark: cut before every space mark, too."""
+    steps, cuts = [step_of(NORMALIZERS, step) for step in steps if not step.get("theirs")], [*filter(None, (step_of(CUTS, step) for step in cut))]
+    by_mark = regex.compile("▁*[^▁\n]+|▁+|\n").findall if by_mark else None
+
+    def words(text):
+        for step in steps:
+            text = step(text)
+        found = [text] if text else []
+        for step in [*cuts, *([by_mark] if by_mark else [])]:
+            found = step(found[0]) if len(found) == 1 else [part for word in found for part in step(word)]
+        return found
+    return words
+
+
+def _chunks(texts, cuttable, progress):
+    """Lists of texts of about CHUNK characters together.
+
+    Long texts are cut, if `cuttable`, where every pattern of PATTERNS has a boundary, whatever stands around. No match
+    runs from a character that is no white space on into a space, none looks back, and only white space looks ahead (at
+    what follows it), so before a space that follows '!'..'~' both sides can be matched alone. A single \\n between two
+    characters that are no white space ends a match in all of them; only o200k may go on, with '/'."""
+    chunk, size, total = [], 0, 0
+    for text in texts:
+        start = 0
+        while start < len(text):
+            cut = SAFE_CUT.search(text, start + LONG) if cuttable and len(text) - start > LONG else None
+            end = cut.end() if cut else len(text)
+            chunk.append(text[start:end])
+            size, start = size + end - start, end
+            if size >= CHUNK:
+                yield chunk
+                chunk, size, total = [], 0, total + sum(len(text.encode("utf-8", "surrogatepass")) for text in chunk) if progress else 0
+                if progress:
+                    progress("counting words", total)
+    yield chunk
+
+
+_words_of = functools.cache(lambda pipeline: word_function(*json.loads(pipeline)))
+
+
+def _count(chunk, pipeline, counts=None):
+    counts, words = Counter() if counts is None else counts, _words_of(pipeline)
+    for text in chunk:
+        counts.update(words(text))
+    return counts
+
+
+def count_words(texts, steps, cut, by_mark=False, workers=1, progress=None):
+    """Counter of the words of all texts. The corpus streams through: at most workers + 1 chunks of it are held.
+
+    Any number of workers gives the same Counter, order included: results are added in the order of the chunks."""
+    cuttable = not steps and not by_mark and all(step["type"] == "ByteLevel" or step["pattern"]["Regex"] in KNOWN_PATTERNS for step in cut)
+    counts, chunks, pipeline = Counter(), _chunks(texts, cuttable, progress), json.dumps([steps, cut, by_mark])
+    if workers <= 1:
+        for chunk in chunks:
+            _count(chunk, pipeline, counts)
+        return counts
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        waiting = deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(_count, chunk, pipeline))
+            if len(waiting) > workers:
+                counts.update(waiting.popleft().result())
+        while waiting:
+            counts.update(waiting.popleft().result())
+    return counts
+
+
+# ---- Learning merges (which neighbours belong together?) ----
+
+FEW = 20                             # up to so many positions a plain loop is faster than calls of numpy
+
+
+class WordTable:
+    """All different words in one array of symbols, in which pairs are surveyed, found and merged.
+
+        sym      0 is the wall between words; a base symbol or token stands as its id + 1
+        weight   how often the word at this position occurs
+        span     how many positions a token covers, by id + 1
+
+    A merged token keeps the positions of its parts: its id + 1 stands at the first, minus that at the last, something
+    negative between. So a token at p finds its neighbours close by, without links: the right one begins at p + span,
+    the left one ends at p - 1, where the absolute value names it. A survey squeezes negative positions out, and all
+    spans are 1 again. Lists of positions are ascending: int32 arrays, or Python lists when they are short."""
+
+    def __init__(self, symbols, lengths, counts, n_ids):
+        walls = np.cumsum(np.asarray(lengths, np.int64) + 1)
+        self.sym = np.ones(walls[-1] + 1, np.int32)
+        self.sym[0] = self.sym[walls] = 0
+        self.sym[self.sym > 0] += symbols
+        counts = np.asarray(counts, np.int32 if np.max(counts) < 2**31 else np.int64)
+        self.weight = np.concatenate([counts[:1], np.repeat(counts, np.diff(walls, prepend=0))])
+        self.span = np.ones(n_ids + 1, np.int32)
+
+    def survey(self, below, floor, enough):
+        """Choose a threshold under `below` that `enough` pairs reach, or the floor, and list the pairs that reach it.
+
+        A first pass adds up weights in a table of hashed slots: too high for pairs that share one, never too low. A
+        second pass keeps the positions whose slot reaches the threshold; these alone are sorted by pair and counted.
+        Returns the threshold and [(left, right, count, positions)]."""
+        live = self.sym >= 0
+        self.sym = sym = self.sym[live]
+        self.weight = weight = self.weight[live]
+        self.span[:] = 1
+        self.views = memoryview(sym), memoryview(weight), memoryview(self.span)      # fast to read singly
+        slots, step = 1 << 19, 1 << 18                           # table and step fit a processor's cache
+
+        def slot(start):
+            left, right = sym[start:start + step + 1][:-1].astype(np.int64), sym[start + 1:start + step + 1]
+            return (left * 0x9E3779B1 + right) % slots * ((left > 0) & (right > 0))          # slot 0: there is a wall
+
+        bound = np.zeros(slots)
+        for start in range(0, len(sym), step):
+            at = slot(start)
+            bound += np.bincount(at, weight[start:start + len(at)], slots)
+        bound[0] = 0
+        threshold = max(floor, int(min(below, bound.max() + 1)) // 2)
+        while threshold > floor and np.count_nonzero(bound >= threshold) < enough:
+            threshold = max(floor, threshold // 2)
+        good = bound >= threshold
+        del live, bound                                          # memory peaks below
+        pos = np.concatenate([np.flatnonzero(good[slot(start)]).astype(np.int32) + np.int32(start)
+                              for start in range(0, len(sym), step)])
+        narrow = np.uint16 if len(self.span) <= 1 << 16 else np.int32                # 16 bits are sorted by radix
+        left, right = sym[pos].astype(narrow), sym[pos + 1].astype(narrow)
+        order = np.lexsort((right, left))
+        pos, left, right = pos[order], left[order], right[order]
+        del order
+        other = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
+        first = np.flatnonzero(np.append(len(pos) > 0, other))   # where the next pair begins
+        counts = np.add.reduceat(weight[pos], first, dtype=np.int64)
+        first = np.append(first, len(pos)).tolist()
+        return threshold, [(int(left[first[j]]), int(right[first[j]]), int(counts[j]), pos[first[j]:first[j + 1]])
+                           for j in np.flatnonzero(counts >= threshold).tolist()]
+
+    def find(self, left, right, pos):
+        """Those of the positions where the pair still stands, and its count."""
+        if len(pos) > FEW:
+            pos = pos[(self.sym.take(pos) == left) & (self.sym.take(pos + self.span[left]) == right)]
+            return pos, int(self.weight.take(pos).sum(dtype=np.int64))
+        sym, weight, span = self.views
+        half, pos = span[left], pos if isinstance(pos, list) else pos.tolist()
+        pos = [p for p in pos if sym[p] == left and sym[p + half] == right]
+        return pos, sum([weight[p] for p in pos])
+
+    def merge(self, left, right, new, pos, threshold):
+        """Write `new` over the pair, left to right; list the pairs so formed whose count reaches the threshold."""
+        self.span[new] = self.span[left] + self.span[right]
+        return (self._merge_few if isinstance(pos, list) else self._merge_many)(left, right, new, pos, threshold)
+
+    def _merge_few(self, left, right, new, pos, threshold):
+        sym, weight, span = self.views
+        half, whole, done, born = span[left], span[new], [], {}
+        for p in pos:
+            if sym[p] == left and sym[p + half] == right:        # in "aaa" the second "aa" is gone with the first
+                sym[p + half] = sym[p + whole - 1] = -new
+                sym[p] = new
+                done.append(p)
+        for p in done:
+            before, after = abs(sym[p - 1]), sym[p + whole]
+            if before and before != new:                         # (new, new) is seen from its left half
+                born.setdefault((before, new), []).append(p - span[before])
+            if after:
+                born.setdefault((new, after), []).append(p)
+        counted = [(*pair, sum([weight[p] for p in at]), at) for pair, at in born.items()]
+        return [found for found in counted if found[2] >= threshold]
+
+    def _merge_many(self, left, right, new, pos, threshold):
+        sym, half, whole = self.sym, self.span[left], self.span[new]
+        if left == right:                                        # of a run "aaaa" every second position
+            starts = np.diff(pos, prepend=-half) != half
+            index = np.arange(len(pos))
+            pos = pos[(index - np.maximum.accumulate(np.where(starts, index, 0))) % 2 == 0]
+        sym[pos + half] = sym[pos + (whole - 1)] = -new
+        sym[pos] = new
+        weight, found = self.weight.take(pos), []
+        before, after = np.abs(sym.take(pos - 1)), sym.take(pos + whole)
+        for ids, at in (before, pos - self.span.take(before)), (after, pos):
+            order = ids.astype(np.uint16 if new < 1 << 16 else np.int32).argsort(kind="stable")
+            ids = ids.take(order)
+            first = np.concatenate(([0], np.flatnonzero(ids[1:] != ids[:-1]) + 1, [len(ids)]))
+            counts = np.add.reduceat(weight.take(order), first[:-1], dtype=np.int64)
+            for j in np.flatnonzero(counts >= threshold).tolist():
+                other = int(ids[first[j]])
+                if other and (at is pos or other != new):
+                    pair = (new, other) if at is pos else (other, new)
+                    found.append((*pair, int(counts[j]), at.take(order[first[j]:first[j + 1]])))
+        return found
+
+
+TIES = {                             # --tie: which of equally frequent pairs merges first
+    "hf": "the smallest (left id, right id), the bytes in the order of GPT-2's printable characters: Hugging Face's trainer",
+    "byte": "the smallest (left id, right id), the bytes by value: rustbpe, minbpe",
+    "lex": "the last (left, right) in the order of strings: subword-nmt",
+}
+
+
+class Last(tuple):
+    """A tuple that sorts last things first."""
+    __lt__ = tuple.__gt__
+
+
+def learn_merges(symbols, lengths, counts, spelled, n_merges, tie="hf", min_frequency=0, max_token_length=0,
+                 progress=None):
+    """Merge the most frequent pair of neighbours, again and again; returns the pairs of ids in order.     [BPE alg 1]
+
+    Words: `symbols`, the base ids of all words joined; `lengths` and `counts`, one a word. `spelled` holds the bytes
+    or str of each id and grows with every merge, unless it spells a token that is there already: then it yields that.
+    A pair counts at every place where it stands ("aaa" has two "aa"), times the count of the word.
+
+    tie, a key of TIES, decides between equal counts. No token is longer than max_token_length base symbols (0: any). With tie="hf" it is shorter than that,
+    but two base symbols may always merge: so does HF's trainer.
+
+    Why so few pairs need counting: a pair (x, y) comes into being only in the step that makes the younger of x and y;
+    each later step can but use up places where it stands. So the count it was born with remains an upper bound. The
+    heap holds such bounds, and the pair on top is counted again. Has it kept its count, then no pair can have more,
+    and none with as many comes first. If it fell, it goes back with its new count. And pairs born under a threshold
+    stay under it: nobody keeps them until the heap is empty, when a survey lowers the threshold and finds them."""
+    def push(left, right, count, pos):
+        if size[left] + size[right] <= limit:
+            order = (Last((spelled[left - 1], spelled[right - 1])),) if tie == "lex" else ()
+            heapq.heappush(heap, (-count, *order, left, right))
+            where[left, right] = pos
+
+    floor = max(1, min_frequency)
+    limit = max(2, max_token_length - 1) if tie == "hf" and max_token_length else max_token_length or 2**62
+    id_of, size = {token: i for i, token in enumerate(spelled)}, [0] + [1] * len(spelled)
+    merges, heap, where, threshold = [], [], {}, 2**62
+    words = WordTable(symbols, lengths, counts, len(spelled) + n_merges + 1) if len(symbols) else None
+    while words and len(merges) < n_merges:
+        if not heap:
+            if threshold == floor:
+                break
+            threshold, found = words.survey(threshold, floor, enough=2000 + len(merges) * 3 // 2)
+            for pair in found:
+                push(*pair)
+            continue
+        bound, *_, left, right = heapq.heappop(heap)
+        pos, count = words.find(left, right, where.pop((left, right)))
+        if count != -bound:
+            if count >= threshold:
+                push(left, right, count, pos)
+            continue
+        merges.append((left - 1, right - 1))
+        token, new = spelled[left - 1] + spelled[right - 1], len(spelled) + 1
+        found = words.merge(left, right, new, pos, threshold)
+        if token not in id_of:
+            id_of[token] = len(spelled)
+            spelled.append(token)
+            size.append(size[left] + size[right])
+            for pair in found:
+                push(*pair)
+        else:                                                    # pairs of an old token grew: no bound holds
+            words.sym[words.sym == new] = id_of[token] + 1
+            heap, where, threshold = [], {}, 2**62
+        if progress and len(merges) % 256 == 0:
+            progress("merging", len(merges), n_merges)
+    return merges
+
+
+# ---- BPE (encoding replays the merges) ----
 
 @functools.cache
 def byte_alphabet():
@@ -324,213 +978,716 @@ def byte_alphabet():
     return dict(sorted(stand_in.items(), key=lambda item: item[1]))
 
 
-def count_pretokens(texts, pattern):
-    """Counter of the pre-tokens of all texts; the corpus itself is never held."""
-    counts, find = Counter(), compiled(pattern).findall
-    for text in texts:
-        counts.update(find(text))
-    return counts
+class Model:
+    """vocab {token: id}, and what becomes of text that is not in it: its bytes <0xNN> (`byte_fallback`), or the token
+    `unk`, one for several in a row (`fuse_unk`). Subclasses give segment(word) -> [(part of the word, its ids)]."""
+    vocab: dict
+    unk, end, byte_fallback, fuse_unk, byte_level = "", "", False, False, False
+
+    @functools.cached_property
+    def words(self):
+        """A regular expression for words that can be looked up one by one: no token reaches past the space mark before
+        which it cuts. None where the model knows no space mark."""
+        inside = sorted({match[0][0] for token in self.vocab if "▁" in token[1:] for match in regex.finditer("[^▁]▁", token)})
+        if "▁" not in self.vocab or len(inside) > 50:
+            return None
+        across = f"|(?<=[{regex.escape(''.join(inside))}])▁+" if inside else ""
+        return regex.compile(f"▁*(?:[^▁]{across})+|▁+")
+
+    def look_up(self, parts):
+        """[(part, ids)] of the parts of a word."""
+        found = []
+        for part in parts:
+            id = self.vocab.get(part)
+            if id is not None:
+                found.append((part, [id]))
+                continue
+            if self.byte_fallback:
+                ids = [self.vocab.get(f"<0x{b:02X}>") for b in part.encode("utf-8", "surrogateescape")]
+                if None not in ids:
+                    found.append((part, ids))
+                    continue
+            unknown = [self.vocab[self.unk]] if self.unk else []
+            if self.fuse_unk and found and found[-1][1] == unknown:
+                found[-1] = (found[-1][0] + part, unknown)
+            else:
+                found.append((part, unknown))
+        return found
 
 
-def train_bbpe(pretoken_counts, vocab_size, min_frequency=0, progress=None):
-    """Learn byte-level BPE; returns ranks {token bytes: id} of at most vocab_size tokens.
+class BPE(Model):
+    """Merge neighbours, the earliest learned first, of equals the leftmost, until no learned pair is left. [BPE alg 1]
 
-    The pair with the highest count is merged; of equal counts the one with the smallest (left id, right id). That and
-    the order of ids (byte_alphabet, then merges) equal Hugging Face's BpeTrainer. Counts are int64.
+    Tokens are bytes (`byte_level`) or str. `merges` [(left, right)] in the order learned; or None where a file knows only
+    `ranks` {token: rank} (tiktoken, SentencePiece): then neighbours merge whenever their joined form has a rank.
+    `end` marks the last symbol of a word ("</w>")."""
 
-    All unique words lie in one array of symbols joined by links. A pair (x, y) can only come into being in the step
-    that makes the younger of x and y; from then on its count falls. So the count it was born with is an upper bound,
-    a heap of upper bounds finds the true maximum (look again when popped, push back if it fell), and pairs born below
-    a threshold need not be kept at all until the maximum has sunk to the threshold, when everything is counted anew.
-    """
-    if vocab_size < 256:
-        raise UsageError(f"--vocab_size={vocab_size} is smaller than the 256 bytes every text is made of; use 256 or more")
-    order = list(byte_alphabet())
-    ranks = {bytes([b]): i for i, b in enumerate(order)}
-    if not pretoken_counts:
-        return ranks
-    spelled = list(ranks)
-    sym, nxt, prv, weight = _word_links(pretoken_counts, np.argsort(order).astype(np.int32))
-    threshold, heap, where = np.inf, [], {}
-    while len(ranks) < vocab_size:
-        if not heap or -heap[0][0] < threshold:                  # below it there may be pairs that nobody kept
-            if threshold <= 1:
+    def __init__(self, vocab, merges=None, ranks=None, *, byte_level=False, end="", unk="", byte_fallback=False,
+                 fuse_unk=False, ignore_merges=False):
+        self.vocab, self.merges, self.byte_level, self.end = vocab, merges, byte_level, end
+        self.unk, self.byte_fallback, self.fuse_unk, self.ignore_merges = unk, byte_fallback, fuse_unk, ignore_merges
+        self.allowed, self.whole = None, None                    # subword-nmt's vocabulary filter and glossary
+        self.key = operator.add if merges is None else lambda left, right: (left, right)
+        self.rank = (vocab if ranks is None else ranks) if merges is None else {
+            pair: rank for rank, pair in reversed([*enumerate(merges)])}
+
+    def segment(self, word, dropout=0.0, rng=None):
+        if self.byte_level:
+            word = word.encode("utf-8", "surrogateescape")
+        if self.ignore_merges and not dropout and word in self.vocab:
+            return [(word, [self.vocab[word]])]
+        parts = [word[i:i + 1] for i in range(len(word))]
+        if self.end and parts:
+            parts[-1] += self.end
+        if self.whole and self.whole.fullmatch(word):
+            return self.look_up([word + self.end])
+        parts = self.merge(parts, dropout, rng)
+        if self.allowed is not None:
+            parts = [half for i, part in enumerate(parts, 1) for half in self.undo(part, i == len(parts))]
+        return self.look_up(parts)
+
+    def undo(self, part, final):
+        """subword-nmt's vocabulary filter: a piece that is not allowed goes back to the two it was merged from."""
+        if part.removesuffix(self.end) + "@@" * (not final) in self.allowed or part not in self.halves:
+            return [part]
+        left, right = self.halves[part]
+        return self.undo(left, False) + self.undo(right, final)
+
+    @functools.cached_property
+    def halves(self):
+        """{token: the two it is merged from}."""
+        return {left + right: (left, right) for left, right in self.rank}
+
+    def merge(self, parts, dropout=0.0, rng=None):
+        """A heap of candidate pairs and links between the parts, so that n parts cost O(n log n).
+
+        With dropout every candidate is left out of a step with that probability; a step in which all are left out is
+        the last one. So 0 is BPE, 1 leaves bytes or characters. [DROP alg 1]"""
+        rank, key, n = self.rank.get, self.key, len(parts)
+        after, before, left_out = list(range(1, n + 1)), list(range(-1, n)), []
+        heap = [(r, i, parts[i], parts[i + 1]) for i in range(n - 1) if (r := rank(key(parts[i], parts[i + 1]))) is not None]
+        heapq.heapify(heap)
+        while heap:
+            candidate = _, i, left, right = heapq.heappop(heap)
+            j = after[i]
+            if parts[i] is not left or j >= n or parts[j] is not right:
+                continue                                         # one of the two was merged with another since
+            if dropout and rng.random() < dropout:
+                left_out.append(candidate)
+                continue
+            parts[i], parts[j] = left + right, None
+            after[i] = k = after[j]
+            before[k] = i
+            for a, b in ((before[i], i), (i, k)):
+                if a >= 0 and b < n and (r := rank(key(parts[a], parts[b]))) is not None:
+                    heapq.heappush(heap, (r, a, parts[a], parts[b]))
+            while left_out:
+                heapq.heappush(heap, left_out.pop())
+        return [part for part in parts if part is not None]
+
+    @functools.cached_property
+    def joined(self):
+        """Does knowing the tokens and their order amount to knowing the merges? Then tiktoken, which merges whatever
+        joins to a token, gives the same ids.
+
+        True where later merges make later ids, and every split of a token into two tokens is a merge as well or can
+        never be met: the token's own parts a, b stay side by side until their merge, so its bytes always become it."""
+        if self.merges is None:
+            return True
+        made = [self.vocab.get(a + b) for a, b in self.merges]
+        tokens = {token for token in self.vocab if len(token) > 1}
+        if None in made or any(one > two for one, two in zip(made, made[1:])):
+            return False
+        if len(self.halves) == len(made) == len(tokens):
+            return not any(self._torn(a, b, rank) for rank, (a, b) in enumerate(self.merges))
+        if not self.ignore_merges and len(self.halves) < len(tokens):
+            return False                                         # a token that no merge makes, yet tiktoken would
+        return all((t[:i], t[i:]) in self.rank for t in tokens for i in range(1, len(t)) if t[:i] in self.vocab and t[i:] in self.vocab)
+
+    def _torn(self, a, b, limit):
+        """Would some merge before `limit` reach across from the bytes of a to the bytes of b? Follow both edges of the
+        cut from the whole tokens down to single bytes: each symbol lives from its own merge to that of its parent."""
+        ends = []
+        for token, side in ((a, 1), (b, 0)):
+            spine, dies = [], limit
+            while token in self.halves:
+                spine.append((token, dies))
+                dies, token = self.rank[self.halves[token]], self.halves[token][side]
+            ends.append([*spine, (token, dies)])
+        return any(rank is not None and rank < dies_u and rank <= dies_v and rank < limit
+                   for u, dies_u in ends[0] for v, dies_v in ends[1] if (rank := self.rank.get((u, v))) is not None)
+
+
+# ---- WordPiece (which neighbours belong together more than chance would have it?) ----
+
+class WordPiece(Model):
+    """The longest token that begins the rest of the word, again and again; inside a word tokens carry `prefix`.
+    A word that cannot be built, or of more than `max_chars` characters, is one `unk`. [WP sec 3]"""
+
+    def __init__(self, vocab, unk="[UNK]", prefix="##", max_chars=100):
+        self.vocab, self.unk, self.prefix, self.max_chars = vocab, unk, prefix, max_chars
+        self.longest = max(map(len, vocab), default=0)
+
+    def segment(self, word):
+        found, start, prefix = [], 0, ""
+        while start < len(word) <= self.max_chars:
+            end = next((end for end in range(min(len(word), start + self.longest), start, -1)
+                        if prefix + word[start:end] in self.vocab), start)
+            if end == start:
                 break
-            pos = np.flatnonzero((sym >= 0) & (sym[nxt] >= 0))
-            keys, counts, places = _group_pairs(sym[pos], sym[nxt[pos]], pos, weight)
-            threshold = max(1, min(threshold, counts.max(initial=1) + 1) // 4)
-            heap, where = [], {}
-            _keep_frequent(keys, counts, places, threshold, heap, where)
-            continue
-        bound, left, right = heapq.heappop(heap)
-        pos = where[left, right]
-        pos = pos[(sym[pos] == left) & (sym[nxt[pos]] == right)]
-        count = int(weight[pos].sum())
-        if count != -bound:                                      # it fell since it was pushed: not the maximum, or not yet known to be
-            where[left, right] = pos
-            if count >= threshold:
-                heapq.heappush(heap, (-count, left, right))
-            continue
-        if count < max(1, min_frequency):
-            break
-        token = spelled[left] + spelled[right]
-        new = ranks.setdefault(token, len(spelled))
-        if new == len(spelled):
-            spelled.append(token)
-        else:                                                    # the same spelling by another merge: old pairs can grow,
-            threshold, heap = np.inf, []                         # so no bound holds any more: count anew
-        del where[left, right]
-        pos = _merge(pos, left == right, new, sym, nxt, prv)
-        after, before = pos[sym[nxt[pos]] >= 0], prv[pos]
-        before = before[(sym[before] >= 0) & (sym[before] != new)]      # (new, new) is already among the pairs after
-        born = np.concatenate([after, before])
-        if len(born):
-            _keep_frequent(*_group_pairs(sym[born], sym[nxt[born]], born, weight), threshold, heap, where)
-        if progress and len(ranks) % 256 == 0:
-            progress(len(ranks))
-    return ranks
+            found.append((word[start:end], [self.vocab[prefix + word[start:end]]]))
+            start, prefix = end, self.prefix
+        return found if word and start == len(word) else [(word, [self.vocab[self.unk]])] if word else []
+
+class PairTable:
+    """All pairs of neighbours of a corpus of words, with their counts and places, kept exact while symbols merge."""
+
+    def __init__(self, words, counts):
+        """words: lists of symbol ids, -1 for a symbol that no token may hold; a wall (-1) stands between words."""
+        flat = [-1, *itertools.chain.from_iterable([*word, -1] for word in words)]
+        self.sym = np.array(flat, np.int32)
+        place = np.arange(len(flat))
+        self.after, self.before = np.minimum(place + 1, len(flat) - 1), np.maximum(place - 1, 0)
+        self.weight = np.zeros(len(flat), np.int64)
+        self.weight[1:] = np.repeat(np.array(counts, np.int64), [len(word) + 1 for word in words])
+        self.row, self.places, self.rows_with = {}, [], {}       # pair -> row; row -> arrays of places; symbol -> rows
+        self.pair, self.count = np.zeros((1024, 2), np.int64), np.zeros(1024, np.int64)
+        self.change(place, +1)
+
+    def change(self, places, sign):
+        """Count the pairs at these places in (+1) or out (-1); returns their rows."""
+        places = places[(self.sym[places] >= 0) & (self.sym[self.after[places]] >= 0)]
+        keys, inverse = np.unique(self.sym[places].astype(np.int64) << 32 | self.sym[self.after[places]], return_inverse=True)
+        total = np.zeros(len(keys), np.int64)
+        np.add.at(total, inverse, self.weight[places])
+        groups = np.split(places[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse, minlength=len(keys)))[:-1])
+        rows = []
+        for key, n, group in zip(keys.tolist(), total.tolist(), groups):
+            row = self.row.get(key)
+            if row is None:
+                row = self.row[key] = len(self.places)
+                self.places.append([])
+                if row == len(self.count):
+                    self.pair, self.count = np.concatenate([self.pair, 0 * self.pair]), np.concatenate([self.count, 0 * self.count])
+                self.pair[row] = key >> 32, key & 0xFFFFFFFF
+                for symbol in {key >> 32, key & 0xFFFFFFFF}:
+                    self.rows_with.setdefault(symbol, []).append(row)
+            self.count[row] += sign * n
+            if sign > 0:
+                self.places[row].append(group)
+            rows.append(row)
+        return rows
+
+    def merge(self, row, new):
+        """Write `new` over the pair of a row, left to right; returns (how often, the rows whose counts changed)."""
+        left, right = self.pair[row]
+        places = np.unique(np.concatenate(self.places[row]))
+        places = places[(self.sym[places] == left) & (self.sym[self.after[places]] == right)]
+        if left == right:                                        # in a run of equal symbols every second place merges
+            starts = np.concatenate([[True], self.after[places[:-1]] != places[1:]])
+            index = np.arange(len(places))
+            places = places[(index - np.maximum.accumulate(np.where(starts, index, 0))) % 2 == 0]
+        second = self.after[places]
+        rows = self.change(np.unique(np.concatenate([places, self.before[places], second])), -1)
+        self.sym[places], self.sym[second] = new, -2
+        self.after[places] = self.after[second]
+        self.before[self.after[places]] = places
+        return int(self.weight[places].sum()), rows + self.change(np.unique(np.concatenate([places, self.before[places]])), +1)
 
 
-def _word_links(pretoken_counts, id_of_byte):
-    """All words one after the other, a wall (-1) between them: symbols, next and previous positions, word counts."""
-    words = [word.encode("utf-8", "surrogatepass") for word in pretoken_counts]
-    lengths = np.array([len(word) + 1 for word in words])
-    text = np.frombuffer(b"\0".join(words) + b"\0", dtype=np.uint8)
-    sym = np.empty(len(text) + 1, dtype=np.int32)
-    sym[1:] = id_of_byte[text]
-    sym[np.concatenate([[0], np.cumsum(lengths)])] = -1
-    position = np.arange(len(sym), dtype=np.int64)
-    weight = np.zeros(len(sym), dtype=np.int64)
-    weight[1:] = np.repeat(np.fromiter(pretoken_counts.values(), dtype=np.int64, count=len(words)), lengths)
-    return sym, np.minimum(position + 1, len(sym) - 1), np.maximum(position - 1, 0), weight
+def learn_wordpiece(words, vocab_size, alphabet, prefix="##", min_frequency=0, progress=None):
+    """Add tokens to the `alphabet` until there are vocab_size; returns {token: id}. words: {word: count}.
+
+    The pair with the highest score count(ab) / (count(a) · count(b)) merges, as a double; of equal ones the smallest
+    (left id, right id). Pairs seen less than min_frequency times do not. Unlike BPE's counts these scores also rise: once
+    a and b have merged, every other pair with one of them tells more. So all pairs are kept, and those with a, b or the
+    new token are scored anew. [WP, the greedy algorithm with its likelihood taken for independent units]"""
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)}
+    spelled = list(vocab)
+    split = [[vocab.get(word[0], -1), *(vocab.get(prefix + c, -1) for c in word[1:])] for word in words]
+    table = PairTable(split, list(words.values()))
+    seen = table.sym >= 0
+    count, score = np.zeros(vocab_size + 1, np.int64), np.zeros(len(table.count))
+    np.add.at(count, table.sym[seen], table.weight[seen])
+    changed = np.arange(len(table.places))
+    while True:
+        if len(score) < len(table.count):
+            score = np.concatenate([score, np.zeros(len(table.count) - len(score))])
+        n, (left, right) = table.count[changed], table.pair[changed].T
+        enough = n >= max(1, min_frequency)
+        score[changed] = np.where(enough, n / np.maximum(count[left] * count[right], 1), 0)
+        top = score.max()
+        if len(vocab) >= vocab_size or top == 0:
+            return vocab
+        row = min(np.flatnonzero(score == top).tolist(), key=lambda row: tuple(table.pair[row]))
+        left, right = table.pair[row].tolist()
+        token = spelled[left] + spelled[right].removeprefix(prefix)
+        new = vocab.setdefault(token, len(vocab))
+        spelled += [token] if new == len(spelled) else []
+        times, rows = table.merge(row, new)
+        count[left] -= times
+        count[right] -= times
+        count[new] += times
+        changed = np.array(list({*rows, *(r for symbol in (left, right, new) for r in table.rows_with.get(symbol, ()))}))
+        if progress and len(vocab) % 256 == 0:
+            progress("merging", len(vocab), vocab_size)
 
 
-def _group_pairs(left, right, pos, weight):
-    """Positions grouped by the pair that stands there: keys (left << 32 | right), counts, list of position arrays."""
-    key = left.astype(np.int64) << 32 | right
-    order = np.argsort(key, kind="stable")
-    key, pos = key[order], pos[order]
-    first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])) if len(key) else np.zeros(0, np.int64)
-    counts = np.add.reduceat(weight[pos], first) if len(key) else np.zeros(0, np.int64)
-    return key[first], counts, (pos, np.append(first, len(pos)))
+# ---- Unigram (which walk through its pieces explains a text best?) ----
+
+def float32(x):
+    return array("f", (x,))[0]
 
 
-def _keep_frequent(keys, counts, places, threshold, heap, where):
-    pos, edge = places
-    for i in np.flatnonzero(counts >= threshold):
-        pair = (int(keys[i]) >> 32, int(keys[i]) & 0xFFFFFFFF)
-        where[pair] = np.sort(pos[edge[i]:edge[i + 1]])
-        heapq.heappush(heap, (-int(counts[i]), *pair))
+class Hypothesis:
+    """A walk known from `start` to the end of the text, and `bound`, the score of its best completion."""
+    __slots__ = "start", "tail", "bound", "after"
+
+    def __init__(self, start, tail, bound, after):
+        self.start, self.tail, self.bound, self.after = start, tail, bound, after
+
+    def __lt__(self, other):       # nothing else breaks ties: heapq then pops equal bounds in the library's order
+        return self.bound > other.bound
 
 
-def _merge(pos, same, new, sym, nxt, prv):
-    """Write `new` over the pairs at pos, left to right and without overlap; returns the positions used."""
-    if same and len(pos) > 1:                                    # "aaa" holds (a, a) twice but merges once: take every
-        starts = np.concatenate([[True], nxt[pos[:-1]] != pos[1:]])          # second position of each run
-        index = np.arange(len(pos))
-        pos = pos[(index - np.maximum.accumulate(np.where(starts, index, 0))) % 2 == 0]
-    second = nxt[pos]
-    follower = nxt[second]
-    sym[pos], sym[second] = new, -2
-    nxt[pos] = follower
-    prv[follower] = pos
-    return pos
+class Unigram(Model):
+    """Pieces with log probabilities; a text is worth its best, or a random, walk through the lattice of its pieces.
+
+    pieces [(token, score)] in the order of the ids; `never`: ids that no text may become (<unk>, control, byte pieces);
+    `users`: ids of pieces that a user wants kept whole, which outscore every other walk. `single`: sums are rounded to
+    float32 as SentencePiece does, which decides near ties; Hugging Face's are doubles."""
+    fuse_unk = True
+
+    def __init__(self, pieces, unk_id, byte_fallback=False, never=(), users=(), single=False):
+        self.never, self.users, never, users = sorted(never), sorted(users), set(never), set(users)
+        self.pieces, self.unk_id, self.byte_fallback = [tuple(piece) for piece in pieces], unk_id, bool(byte_fallback)
+        self.vocab = {token: i for i, (token, _) in enumerate(self.pieces)}
+        self.unk = self.pieces[unk_id][0] if unk_id is not None else ""
+        self.kind, round_ = ("f", float32) if single else ("d", float)
+        self.single, normal = single, [score for i, (_, score) in enumerate(self.pieces) if i not in never and i not in users]
+        self.unk_score = round_(round_(min(normal, default=0.0)) - 10.0)
+        self.score = {token: round_(0.1 * (len(token.encode()) - 1) if i in users else score)
+                      for i, (token, score) in enumerate(self.pieces) if i not in never}
+        self.longest = max(map(len, self.score), default=1)
+        self.trie = {}                                    # character -> [score of the piece that ends here, children]
+        for token, score in self.score.items():
+            children = self.trie
+            for char in token:
+                node = children.setdefault(char, [None, {}])
+                children = node[1]
+            if token:
+                node[0] = score
+
+    @functools.cached_property
+    def words(self):
+        return None if self.single else Model.words.func(self)   # float32 rounds by all that went before
+
+    def segment(self, word, alpha=0.0, nbest=-1, rng=None):
+        return self.look_up(self.sample(word, alpha, rng, nbest) if alpha else self.viterbi(word)[0])
+
+    def viterbi(self, text):
+        """The best walk: its pieces, and its score. Of equal walks the first found stays, the one whose last piece is
+        longest. Scores far from 0 are shifted back, by the library's rule: float32 would have too few digits left."""
+        best, back = array(self.kind, [-math.inf]) * (len(text) + 1), [0] * (len(text) + 1)
+        best[0], longest, single = 0.0, self.longest, array(self.kind, [0.0])
+        for start in range(len(text)):
+            here, children, end = best[start], self.trie, start
+            if here < -100_000 and self.single:
+                for place in range(start, min(start + longest, len(best))):
+                    best[place] -= here
+                here = 0.0
+            for char in text[start:start + longest]:
+                node = children.get(char)
+                if node is None:
+                    break
+                score, children = node
+                end += 1
+                if score is not None and here + score > best[end]:
+                    old, best[end] = best[end], here + score                      # rounds: `best` may hold float32
+                    if best[end] > old:
+                        back[end] = start
+            if text[start] not in self.score:
+                single[0] = here + self.unk_score
+                if single[0] > best[start + 1]:
+                    best[start + 1], back[start + 1] = single[0], start
+        pieces, end = [], len(text)
+        while end:
+            pieces.append(text[back[end]:end])
+            end = back[end]
+        return pieces[::-1], best[-1]
+
+    def edges(self, text):
+        """For every place of the text the pieces that end there, leftmost first, as (start, score)."""
+        ends = [[] for _ in range(len(text) + 1)]
+        for start, first in enumerate(text):
+            children, end = self.trie, start
+            for char in text[start:start + self.longest]:
+                if char not in children:
+                    break
+                score, children = children[char]
+                end += 1
+                if score is not None:
+                    ends[end].append((start, score))
+            if first not in self.score:
+                ends[start + 1].append((start, self.unk_score))
+        return ends
+
+    def nbest(self, text, n):
+        """The n best walks as (pieces, score), by A* from the end of the text.                   [SR sec 3.3]
+
+        The best score of every beginning of the text is known, so walks complete in order of their scores.
+        """
+        ends = self.edges(text)
+        ends[0] = [(-1, 0.0)]                            # one step off the text completes a walk
+        best = array(self.kind, [0.0]) * len(ends)
+        for end in range(1, len(ends)):
+            best[end] = max(best[start] + score for start, score in ends[end])
+        agenda, walks = [Hypothesis(len(text), 0.0, best[-1], None)], []
+        while agenda and len(walks) < n:
+            last = heapq.heappop(agenda)
+            if last.start < 0:
+                path, step = [], last.after
+                while step.after:
+                    path.append(text[step.start:step.after.start])
+                    step = step.after
+                walks.append((path, last.bound))
+                continue
+            for start, score in ends[last.start]:
+                bound = float32((float32(best[start] + score) if start >= 0 else 0.0) + last.tail)
+                heapq.heappush(agenda, Hypothesis(start, float32(score + last.tail), bound, last))
+            if len(agenda) >= 10_000:                    # each bound is the score of another walk: n suffice
+                agenda = [heapq.heappop(agenda) for _ in range(max(n, min(512, 10 * n)))]
+        return walks
+
+    def log_sums(self, ends, alpha):
+        """For every place, the log of the sum of P(walk)^alpha over all walks to it."""
+        total = [0.0]
+        for arriving in ends[1:]:
+            terms = [total[start] + alpha * score for start, score in arriving]
+            top = max(terms)
+            total.append(top + math.log(sum(math.exp(term - top) for term in terms)))
+        return total
+
+    def sample(self, text, alpha, rng, nbest=-1):
+        """A walk drawn in proportion to P(walk)^alpha, among the nbest best walks or, if -1, among all.
+
+        `rng` is a random.Random. Over all walks: sums forward, then draws backward from the end. [SR sec 3.3]
+        """
+        if nbest in (0, 1):
+            return self.viterbi(text)[0]
+        if nbest > 1:
+            walks, scores = zip(*self.nbest(text, nbest))
+            return rng.choices(walks, [math.exp(alpha * (score - scores[0])) for score in scores])[0]
+        ends, pieces, end = self.edges(text), [], len(text)
+        total = self.log_sums(ends, alpha)
+        while end:
+            weights = [math.exp(total[start] + alpha * score - total[end]) for start, score in ends[end]]
+            (start, _), = rng.choices(ends[end], weights)
+            pieces.append(text[start:end])
+            end = start
+        return pieces[::-1]
 
 
-# ---- Tokenizer (the contract) ----
+# ---- Unigram training (which pieces, how likely, make the corpus likely?) ----
 
-class Tokenizer:
-    """encode(text) -> ids, decode(ids) -> text, exactly inverse. Subclasses give `encode_plain`, `token_bytes`, `save`.
+class Lattices:
+    """All segmentations of all words as arrays, so that a numpy call serves one place of every word.
 
-    `special` maps names such as '<|endoftext|>' to ids past all ordinary ones. Text never turns into a special id
-    unless the caller allows that name."""
-    special: dict[str, int]
-    n_vocab: int
+    A node is a place between the characters of a word. With the longest word first, and nodes numbered by
+    place, then by word, the nodes of a place are a slice, and the place after node v is v + hop[v]. An edge
+    is a piece where it occurs; edges are sorted by their end: at v end first[v] <= edge < first[v + 1].
 
-    def encode_plain(self, text):
-        raise TypeError(f"{type(self).__name__} must define encode_plain")
+    Letters: W words, T places, N nodes, E edges, P pieces.
+    """
 
-    def encode(self, text, allowed_special=()):
-        """ids of a str. `allowed_special`: names of special tokens to recognise in the text, or 'all'."""
-        allowed = self.special if allowed_special == "all" else {n: self.special[n] for n in allowed_special}
-        if not allowed:
-            return self.encode_plain(text)
-        longest_first = "|".join(map(re.escape, sorted(allowed, key=len, reverse=True)))
-        parts = re.split(f"({longest_first})", text)
-        return [i for part in parts if part for i in ([allowed[part]] if part in allowed else self.encode_plain(part))]
+    def __init__(self, size_W, weight_W):
+        self.weight_W = weight_W
+        self.width_T = np.searchsorted(-size_W, -np.arange(size_W[0] + 2), side="right")  # words with place t
+        self.offset_T = np.cumsum(self.width_T) - self.width_T
+        self.hop_N = np.repeat(self.width_T, self.width_T).astype(np.int32)
+        self.word_N = (np.arange(len(self.hop_N)) - np.repeat(self.offset_T, self.width_T)).astype(np.int32)
+        self.end_W = self.offset_T[size_W] + np.arange(len(size_W))
 
-    def encode_batch(self, texts):
-        return [self.encode_plain(text) for text in texts]
+    def set_edges(self, start_E, piece_E, degree_N):
+        self.start_E, self.piece_E = start_E, piece_E
+        self.first_N = np.concatenate([[0], np.cumsum(degree_N)])
 
-    def decode(self, ids):
-        """Text of ids; bytes that are not whole UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+    def places(self, backward=False):
+        """For every place but the first: its slices of nodes and edges, edges per node, each node's first."""
+        for t in range(1, len(self.width_T) - 1)[::-1 if backward else 1]:
+            nodes = slice(self.offset_T[t], self.offset_T[t] + self.width_T[t])
+            first = self.first_N[nodes.start:nodes.stop + 1]
+            yield nodes, slice(first[0], first[-1]), np.diff(first), first[:-1] - first[0]
+
+    def expected_counts(self, score_P):
+        """How often each piece occurs, over all walks of all words; and the log likelihood of the words.
+
+        Forward, alpha is the log of the sum over all walks to a node, and share an edge's part in it.
+        Backward, the walks through a node (at a word's end: its count) divide among its edges by the shares.
+        """
+        alpha_N, share_E = np.zeros(len(self.hop_N)), np.empty(len(self.start_E))
+        for nodes, edges, degree, first in self.places():
+            score = alpha_N[self.start_E[edges]] + score_P[self.piece_E[edges]]
+            alpha_N[nodes] = np.logaddexp.reduceat(score, first)
+            share_E[edges] = np.exp(score - np.repeat(alpha_N[nodes], degree))
+        passing_N = np.zeros(len(self.hop_N))
+        passing_N[self.end_W] = self.weight_W
+        for nodes, edges, degree, first in self.places(backward=True):
+            share_E[edges] *= np.repeat(passing_N[nodes], degree)
+            np.add.at(passing_N, self.start_E[edges], share_E[edges])
+        return np.bincount(self.piece_E, share_E, len(score_P)), self.weight_W @ alpha_N[self.end_W]
+
+    def best_walks(self, score_P):
+        """Scores of the words' best walks, and the walks from the end: a list of (words, a piece of each)."""
+        best_N, back_N = np.zeros(len(self.hop_N)), np.empty(len(self.hop_N), np.int64)
+        for nodes, edges, degree, first in self.places():
+            score = best_N[self.start_E[edges]] + score_P[self.piece_E[edges]]
+            best_N[nodes] = np.maximum.reduceat(score, first)
+            winner = np.flatnonzero(score == np.repeat(best_N[nodes], degree))
+            back_N[np.repeat(np.arange(nodes.start, nodes.stop), degree)[winner]] = winner + edges.start
+        node, steps = self.end_W, []
+        while len(node):
+            edge = back_N[node]
+            steps.append((self.word_N[node], self.piece_E[edge]))
+            node = self.start_E[edge]
+            node = node[node >= self.width_T[0]]         # nodes below are the starts of words
+        return best_N[self.end_W], steps
+
+
+class UnigramTrainer:
+    """Pieces on trial (where one occurs, its length, its score), and the lattices of the words over them."""
+
+    def __init__(self, words, max_piece_length, seed_size):
+        words = sorted(words.items(), key=lambda item: (-len(item[0]), item[0]))
+        size_W = np.array([len(word) for word, _ in words])
+        self.lattices = Lattices(size_W, np.array([count for _, count in words], dtype=np.float64))
+        text = "".join(word for word, _ in words).encode("utf-32-le", "surrogatepass")
+        self.alphabet, code_C = np.unique(np.frombuffer(text, np.uint32), return_inverse=True)
+        place_N = np.repeat(np.arange(len(self.lattices.width_T)), self.lattices.width_T)
+        begin_N = (np.cumsum(size_W) - size_W)[self.lattices.word_N]
+        inside_N = place_N < size_W[self.lattices.word_N]
+        self.char_N = np.full(len(place_N), -1, np.int32)          # the character after a node, -1 at an end
+        self.char_N[inside_N] = code_C[(begin_N + place_N)[inside_N]]
+        self.seed(list(self.substrings(max_piece_length)), seed_size)
+
+    def substrings(self, longest):
+        """For every length the substrings that occur twice: all occurrences (start, end, name), and counts.
+
+        A substring is named by the name of all but its last character, and that character. The rare ones are
+        dropped at every length, so that what is left to sort shrinks fast.
+        """
+        weight_W, word_N, hop_N = self.lattices.weight_W, self.lattices.word_N, self.lattices.hop_N
+        start = np.flatnonzero(self.char_N >= 0).astype(np.int32)
+        end, name = start + hop_N[start], self.char_N[start]
+        for length in range(1, longest + 1):
+            count = np.bincount(name, weight_W[word_N[start]])
+            if length > 1:                                             # every character stays, however rare
+                frequent = count >= 2
+                kept, name, count = frequent[name], (np.cumsum(frequent) - 1)[name], count[frequent]
+                start, end, name = start[kept], end[kept], name[kept].astype(np.int32)
+            if not len(start):
+                return
+            yield start, end, name, count
+            going = self.char_N[end] >= 0
+            start, end, name = start[going], end[going], name[going].astype(np.int64)
+            name = np.unique(name * len(self.alphabet) + self.char_N[end], return_inverse=True)[1]
+            end = end + hop_N[end]
+
+    def seed(self, levels, seed_size):
+        """All characters, and the substrings that cover most (count times length), are the first pieces."""
+        sizes = [len(count) for _, _, _, count in levels]
+        count = np.concatenate([count for _, _, _, count in levels])
+        length = np.repeat(np.arange(1, len(levels) + 1), sizes)
+        chosen = np.zeros(len(count), bool)
+        chosen[np.lexsort((-count * length, length > 1))[:max(seed_size, sizes[0])]] = True
+        number = np.where(chosen, np.cumsum(chosen, dtype=np.int32) - 1, -1)
+        self.length, self.start = length[chosen], np.empty(np.count_nonzero(chosen), np.int32)
+        self.score = np.log(np.maximum(count[chosen], 0.5) / count[chosen].sum())
+        degree_N = np.zeros(len(self.char_N), np.int64)
+        for i, (start, end, name, _) in enumerate(levels):
+            piece = number[sum(sizes[:i]):][name]
+            levels[i] = start, end, piece = [part[piece >= 0] for part in (start, end, piece)]
+            self.start[piece] = start
+            degree_N[end] += 1
+        slot_N = np.cumsum(degree_N) - degree_N
+        start_E, piece_E = np.empty(degree_N.sum(), np.int32), np.empty(degree_N.sum(), np.int32)
+        for start, end, piece in levels:                       # at a node ends at most one piece of a length
+            start_E[slot_N[end]], piece_E[slot_N[end]] = start, piece
+            slot_N[end] += 1
+        self.lattices.set_edges(start_E, piece_E, degree_N)
+
+    def keep(self, kept):
+        """Forget the pieces where `kept` is False, and number the others anew."""
+        self.start, self.length, self.score = self.start[kept], self.length[kept], self.score[kept]
+        kept_E = kept[self.lattices.piece_E]
+        degree_N = np.diff(np.concatenate([[0], np.cumsum(kept_E)])[self.lattices.first_N])
+        piece_E = (np.cumsum(kept, dtype=np.int32) - 1)[self.lattices.piece_E[kept_E]]
+        self.lattices.set_edges(self.lattices.start_E[kept_E], piece_E, degree_N)
+
+    def step(self, vocab_size):
+        """A round of EM. Digamma in place of log is a sparse prior: it punishes rare pieces."""
+        count, likelihood = self.lattices.expected_counts(self.score)
+        enough = min(0.5, np.sort(count)[max(len(count) - vocab_size, 0)])
+        kept = (count >= enough) | (self.length == 1)
+        self.keep(kept)
+        count = np.maximum(count[kept], 0.5)
+        self.score = digamma(count) - digamma(count.sum())
+        return likelihood
+
+    def pieces_inside(self):
+        """The lattices of the longer pieces themselves, without the edge that is the whole piece."""
+        row = np.argsort(-self.length, kind="stable")[:np.count_nonzero(self.length > 1)]
+        inner, outer = Lattices(self.length[row], np.ones(len(row))), self.lattices
+        node, starts, pieces, degrees = self.start[row], [], [], [np.zeros(len(row), np.int64)]
+        for t in range(1, len(inner.width_T) - 1):
+            node = node[:inner.width_T[t]]
+            node = node + outer.hop_N[node]            # where, in some word, their first t characters end
+            degree = outer.first_N[node + 1] - outer.first_N[node]
+            which = np.repeat(np.arange(len(node)), degree)
+            edge = np.arange(len(which)) + np.repeat(outer.first_N[node + 1] - np.cumsum(degree), degree)
+            span = self.length[outer.piece_E[edge]]
+            fits = span <= t - (self.length[row[which]] == t)
+            which, edge, span = which[fits], edge[fits], span[fits]
+            starts.append((inner.offset_T[t - span] + which).astype(np.int32))
+            pieces.append(outer.piece_E[edge])
+            degrees.append(np.bincount(which, minlength=len(node)))
+        inner.set_edges(np.concatenate(starts), np.concatenate(pieces), np.concatenate(degrees))
+        return row, inner
+
+    def prune(self, size):
+        """Keep the characters, and of the other pieces those that the likelihood needs most.     [SR sec 3.2]
+
+        Without piece x, each of its count(x) uses falls to the best walk through others, y_1 .. y_M, whose
+        counts grow by count(x). The loss is about count(x) (log p(x) - sum_i log p'(y_i)), p' as they grew.
+        """
+        count = np.zeros(len(self.score))
+        for word, piece in self.lattices.best_walks(self.score)[1]:
+            count += np.bincount(piece, self.lattices.weight_W[word], len(count))
+        row, inner = self.pieces_inside()
+        other, steps = inner.best_walks(self.score)
+        uses, total, parts = count[row], count.sum(), np.zeros(len(row))
+        with np.errstate(divide="ignore", invalid="ignore"):           # unused pieces: log 0
+            loss = np.log(uses / total)
+            for word, piece in steps:
+                loss[word] -= np.log(count[piece] + uses[word])
+                parts[word] += 1
+            loss = uses * (loss + parts * np.log(total + uses * (parts - 1)))
+        loss[(uses == 0) | (other > self.score[row])] = -np.inf        # the best walks do without the piece
+        kept = self.length == 1
+        kept[row[np.argsort(-loss, kind="stable")[:max(size - np.count_nonzero(kept), 0)]]] = True
+        self.keep(kept)
+
+    def pieces(self):
+        """[(text, score)], the texts read off the words where the pieces occur."""
+        texts = [""] * len(self.start)
+        for i, (node, length) in enumerate(zip(self.start, self.length)):
+            for _ in range(length):
+                texts[i] += chr(self.alphabet[self.char_N[node]])
+                node += self.lattices.hop_N[node]
+        return list(zip(texts, self.score.tolist()))
+
+
+def digamma(x):
+    """d log Gamma(x) / dx: its recurrence up to x + 6, where the asymptotic series is good to 2e-9."""
+    y, z = 1 / (x + 6) ** 2, x + 6
+    return np.log(z) - 0.5 / z - y * (1 / 12 - y * (1 / 120 - y / 252)) - sum(1 / (x + k) for k in range(6))
+
+
+def train_unigram(words, vocab_size, alphabet, max_piece_length=16, seed_size=1_000_000, shrink=0.75, steps=2, progress=None):
+    """{word with its ▁: count} -> vocab_size pieces (token, log probability), the most probable first; less where the text
+    holds fewer substrings twice. No piece reaches across words, which may be whole sentences, nor beyond the alphabet."""
+    parts = Counter(dict.fromkeys(alphabet, 0))
+    parts.update(words)
+    trainer = UnigramTrainer(parts, max_piece_length, seed_size)
+    seeds = len(trainer.score)
+    while True:
+        for _ in range(steps):
+            trainer.step(vocab_size)
+        if len(trainer.score) <= vocab_size:
+            # scores in steps of 1/256: float32 (SentencePiece) and float64 (Hugging Face) then add them up alike, ties too
+            return sorted(((piece, round(score * 256) / 256) for piece, score in trainer.pieces()), key=lambda item: (-item[1], item[0]))
+        if progress:
+            progress("pruning pieces", seeds - len(trainer.score), seeds - vocab_size)
+        trainer.prune(max(vocab_size, int(shrink * len(trainer.score))))
+
+
+# ---- Tokenizer (the contract: normalise, cut, look up, and back) ----
+
+ROLES = {                            # what a special token is for: the name it gets here, then the names others gave it
+    "eos": ["<|endoftext|>", "</s>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "<EOT>", "[EOS]"],
+    "bos": ["<|bos|>", "<s>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<bos>", "[BOS]"],
+    "pad": ["<|pad|>", "<pad>", "[PAD]", "<｜▁pad▁｜>"],
+    "unk": ["<unk>", "[UNK]"],
+    "mask": ["<|mask|>", "[MASK]", "<mask>"],
+    "cls": ["<|cls|>", "[CLS]"],
+    "sep": ["<|sep|>", "[SEP]", "<sep>"],
+    "fim_prefix": ["<|fim_prefix|>", "<fim_prefix>", "<｜fim▁begin｜>", "[PREFIX]"],
+    "fim_middle": ["<|fim_middle|>", "<fim_middle>", "<｜fim▁end｜>", "[MIDDLE]"],
+    "fim_suffix": ["<|fim_suffix|>", "<fim_suffix>", "<｜fim▁hole｜>", "[SUFFIX]"],
+    "gmask": ["[gMASK]"], "sop": ["<sop>", "<|startofpiece|>"], "eop": ["<eop>", "<|endofpiece|>"],
+    "system": ["<|system|>"], "user": ["<|user|>"], "assistant": ["<|assistant|>"], "eot": ["<|eot_id|>", "<|im_end|>"],
+}
+SENTINEL = "<extra_id_{}>"           # the sentinels of span corruption, numbered from 0
+
+
+def special_names(wanted):
+    """Names of special tokens: as typed, by role (`eos`), or `sentinels=N` for N sentinels of span corruption."""
+    names = []
+    for name in wanted:
+        word, _, count = name.partition("=")
+        names += [SENTINEL.format(i) for i in range(integer(count or "100"))] if word == "sentinels" else [ROLES.get(name, [name])[0]]
+    return list(dict.fromkeys(names))
+
+
+class Cache(dict):
+    """word -> ids, found out when a word comes by for the first time."""
+
+    def __init__(self, segment):
+        self.segment = segment
+
+    def __missing__(self, word):
+        if len(self) > 200_000:
+            self.clear()
+        ids = [i for _, ids in self.segment(word) for i in ids]
+        if len(word) < 1000:
+            self[word] = ids
+        return ids
+
+
+SURROGATE = regex.compile("[\ud800-\udfff]")
 
 
 def clean_surrogates(text):
     """What tiktoken does with code points that UTF-8 cannot hold: pairs are joined, lone halves become U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-class ByteBPE(Tokenizer):
-    """Byte-level BPE. `ranks` {token bytes: id} is the whole model: a lower id was merged earlier."""
+class Tokenizer:
+    """encode(text) -> ids and decode(ids) -> text. The steps are those of a tokenizer.json, kept in its form.
 
-    def __init__(self, ranks, pattern, special=()):
-        missing = [b for b in range(256) if bytes([b]) not in ranks]
-        if missing:
-            raise UsageError(f"a byte-level vocabulary must hold all 256 bytes; missing {missing[:8]}")
-        self.ranks, self.pattern = ranks, pattern
-        top = max(ranks.values()) + 1
-        self.special = dict(special) if isinstance(special, dict) else {name: top + i for i, name in enumerate(special)}
-        self.bytes_of = {i: token for token, i in ranks.items()} | {i: n.encode() for n, i in self.special.items()}
-        self.n_vocab = max(self.bytes_of) + 1
-        self.cache = {}
+    normalizer: steps str -> str; cut: steps str -> words; model: word -> ids. `added`: tokens beside the model's own
+    ({id, content, special, ...}): the special ones make up `special` {name: id} and are met in a text only where the
+    caller allows it, the others are cut out of every text first. `spelling`, a key of SPELLINGS: how tokens become text."""
+
+    def __init__(self, model, normalizer=(), cut=(), added=(), spelling="bytes", strip=""):
+        self.model, self.normalizer, self.cut, self.added = model, list(normalizer), list(cut), list(added)
+        self.spelling, self.strip = spelling, strip
+        self.special = {token["content"]: token["id"] for token in self.added if token.get("special")}
+        self.always = [token for token in self.added if not token.get("special")]
+        self._normalize = [step_of(NORMALIZERS, step) for step in self.normalizer if not step.get("theirs")]
+        self._cut = [*filter(None, (step_of(CUTS, step) for step in self.cut))]
+        self.cache, self._finders = Cache(model.segment), {}
 
     @functools.cached_property
-    def core(self):
-        """tiktoken's Rust encoder over the same ranks: the accelerator, with the ids of encode_reference."""
-        return tiktoken.Encoding("ranks", pat_str=compiled(self.pattern).pattern, mergeable_ranks=self.ranks,
-                                 special_tokens=self.special)
+    def bytes_of(self):
+        """{id: the bytes it stands for}; of added tokens: their name."""
+        spell = SPELLINGS[self.spelling]
+        return {i: spell(self.model, token) for token, i in self.model.vocab.items()} | {
+            token["id"]: (" " * (self.spelling in ("##", "_")) + token["content"]).encode("utf-8") for token in self.added}
 
-    def encode_plain(self, text):
-        return self.core.encode_ordinary(text)
-
-    def encode_batch(self, texts):
-        return self.core.encode_ordinary_batch(list(texts), num_threads=cores())
-
-    def encode_reference(self, text):
-        """The definition: cut into pre-tokens, replay the merges in each. Pure Python, equal to encode_plain."""
-        ids = []
-        for piece in compiled(self.pattern).findall(clean_surrogates(text)):
-            if piece not in self.cache:
-                if len(self.cache) > 100_000:
-                    self.cache.clear()
-                self.cache[piece] = self.merge(piece.encode("utf-8"))
-            ids += self.cache[piece]
-        return ids
-
-    def merge(self, piece):
-        """ids of one pre-token: the neighbours with the lowest rank merge first, of equals the leftmost.
-
-        A heap of candidate merges with links between the parts, so a piece of n bytes costs O(n log n)."""
-        rank, n = self.ranks.get, len(piece)
-        if (whole := rank(piece)) is not None:
-            return [whole]
-        end = list(range(1, n + 1))                              # part i is piece[i:end[i]]; end[i] is its right neighbour
-        before = list(range(-1, n))
-        alive = [True] * n + [False]
-        heap = [(r, i, i + 2) for i in range(n - 1) if (r := rank(piece[i:i + 2])) is not None]
-        heapq.heapify(heap)
-        while heap:
-            _, i, stop = heapq.heappop(heap)
-            j = end[i]
-            if not alive[i] or j >= n or not alive[j] or end[j] != stop:
-                continue                                         # one of the two parts was merged with another since
-            alive[j], end[i], before[stop] = False, stop, i
-            for a, b in ((before[i], stop), (i, end[stop] if stop < n else 0)):
-                if a >= 0 and b and (r := rank(piece[a:b])) is not None:
-                    heapq.heappush(heap, (r, a, b))
-        return [self.ranks[piece[i:end[i]]] for i in range(n) if alive[i]]
+    @functools.cached_property
+    def n_vocab(self):
+        return max([*self.model.vocab.values(), *(token["id"] for token in self.added)]) + 1
 
     def token_bytes(self, id):
         """The bytes a token stands for (a special token: its name)."""
@@ -538,170 +1695,1172 @@ class ByteBPE(Tokenizer):
             raise UsageError(f"token id {id} is not in this vocabulary of {self.n_vocab} (0 to {self.n_vocab - 1})")
         return self.bytes_of[id]
 
-    def merges(self):
-        """The merges in order, as pairs of token bytes: each token is made of what the earlier ones make of it."""
-        made = []
-        for token, i in sorted(self.ranks.items(), key=lambda item: item[1]):
-            if len(token) > 1:
-                earlier = ByteBPE.__new__(ByteBPE)
-                earlier.ranks = _Below(self.ranks, i)
-                made.append(tuple(self.bytes_of[k] for k in earlier.merge(token)))
-        return made
+    @functools.cached_property
+    def pieces(self):
+        """{id: the token as vocabulary files write it}."""
+        return {i: show(token) for token, i in self.model.vocab.items()} | {token["id"]: token["content"] for token in self.added}
+
+    def role(self, role):
+        """The id of the special token that plays a role, a key of ROLES."""
+        found = [self.special[name] for name in ROLES[role] if name in self.special]
+        if not found:
+            raise UsageError(f"this tokenizer has no {role} token; train it with --special {role}, which adds {ROLES[role][0]}")
+        return found[0]
+
+    def with_special(self, names):
+        """The same tokenizer with more special tokens, on the ids after all others."""
+        new = [name for name in special_names(names) if name not in self.special]
+        added = [dict(id=self.n_vocab + i, content=name, special=True) for i, name in enumerate(new)]
+        return Tokenizer(self.model, self.normalizer, self.cut, [*self.added, *added], self.spelling, self.strip)
+
+    def normalize(self, text):
+        for step in self._normalize:
+            text = step(text)
+        return text
+
+    def words(self, text, first=True):
+        """The words of a text (its beginning, if `first`), each of which the model encodes by itself."""
+        text = self.normalize(text)
+        words = [text] if text else []
+        for cut in self._cut:
+            words = [part for word in words for part in cut(word, first)] if len(words) != 1 else cut(words[0], first)
+        find = None if self.model.byte_level else self.model.words
+        return [part for word in words for part in find.findall(word)] if find else words
+
+    # ---- to ids
+
+    @functools.cached_property
+    def core(self):
+        """tiktoken's Rust encoder over the same tokens, or None where it would not give the ids of encode_reference."""
+        kinds = [step["type"] for step in self.cut]
+        plain = kinds[-1:] == ["ByteLevel"] and not self.cut[-1].get("add_prefix_space", True)
+        if not (self.model.byte_level and plain and self.model.joined):
+            return None
+        if kinds == ["ByteLevel"] and self.cut[0].get("use_regex", True):
+            pattern = PATTERNS["gpt2"]
+        elif kinds == ["Split", "ByteLevel"] and self.cut[0]["behavior"] == "Isolated" and not self.cut[1].get("use_regex", True):
+            pattern = regex_of(self.cut[0]["pattern"]).pattern
+        else:
+            return None
+        return tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=self.model.vocab, special_tokens={})
+
+    def encode(self, text, allowed_special=(), disallowed_special=(), rng=None, **sampling):
+        """ids of a str, or of bytes, which need not be UTF-8.
+
+        allowed_special: names of the special tokens to recognise, or "all"; disallowed_special: names that must not occur
+        ("all": all that are not allowed). Sampling draws from `rng`, a random.Random: dropout=p leaves BPE merges out,
+        alpha=a (nbest=n) samples Unigram segmentations. UsageError where the text holds a disallowed name."""
+        if not (allowed_special or disallowed_special or sampling or self.always) and self.core and type(text) is str:
+            return self.core.encode_ordinary(self.normalize(text))
+        allowed = set(self.special) if allowed_special == "all" else set(allowed_special)
+        refused = set(self.special) - allowed if disallowed_special == "all" else set(disallowed_special)
+        if type(text) is bytes:
+            text = text.decode("utf-8", "surrogateescape")       # bytes that are not UTF-8 become lone surrogates, and bytes again
+        else:
+            text = clean_surrogates(text)
+        if found := next((name for name in sorted(refused) if name in text), None):
+            raise UsageError(f"the text holds the special token {found}; allow it, or have it read as plain text by disallowed_special=()")
+        return self._encode(text, allowed, rng, sampling, None if sampling or SURROGATE.search(text) else self.core)
+
+    def encode_reference(self, text):
+        """The definition, in plain Python: encode gives the same ids, also where it goes through tiktoken's core."""
+        return self._encode(clean_surrogates(text), (), None, {}, None)
+
+    def _encode(self, text, allowed, rng, sampling, core):
+        ids = []
+        for number, (part, token) in enumerate(self.sections(text, allowed)):
+            if token:
+                ids.append(token["id"])
+            elif core:
+                ids += core.encode_ordinary(self.normalize(part))
+            elif sampling:
+                ids += [i for word in self.words(part, number == 0) for _, ids in self.model.segment(word, rng=rng, **sampling) for i in ids]
+            else:
+                ids += itertools.chain.from_iterable(map(self.cache.__getitem__, self.words(part, number == 0)))
+        return ids
+
+    def _finder(self, allowed):
+        """(regular expression, tokens in the order of its groups) of the added tokens to look for."""
+        if allowed not in self._finders:
+            tokens = sorted(self.always + [t for t in self.added if t.get("special") and t["content"] in allowed],
+                            key=lambda token: -len(token["content"]))
+            edge = lambda token, side: r"\s*" if token.get(side) else r"\b" if token.get("single_word") else ""
+            find = "|".join(f"{edge(t, 'lstrip')}({regex.escape(t['content'])}){edge(t, 'rstrip')}" for t in tokens)
+            self._finders[allowed] = compiled(find), tokens
+        return self._finders[allowed]
+
+    def sections(self, text, allowed=()):
+        """[(text, None) or (name, added token)]: of the added tokens that begin first, the longest is cut out."""
+        find, tokens = self._finder(frozenset(allowed))
+        if not tokens:
+            return [(text, None)] if text else []
+        found, end = [], 0
+        for match in find.finditer(text):
+            found += [(text[end:match.start()], None), (match[0], tokens[match.lastindex - 1])]
+            end = match.end()
+        return [(part, token) for part, token in [*found, (text[end:], None)] if part]
+
+    def encode_batch(self, texts):
+        """encode of every text; tiktoken's core works on as many as there are processor cores."""
+        if self.core and not self.always:
+            return self.core.encode_ordinary_batch([self.normalize(text) for text in texts], num_threads=cores())
+        return [self.encode(text) for text in texts]
+
+    def spans(self, text):
+        """[(id, (first byte, end), (first character, end))] of encode(text): the part of the text each token stands for.
+
+        A token of some bytes of a character covers the whole of it in characters; a mark that a normaliser put in
+        covers nothing."""
+        found, start, byte_at = [], 0, [*itertools.accumulate((len(c.encode("utf-8", "surrogatepass")) for c in text), initial=0)]
+        for number, (part, token) in enumerate(self.sections(text)):
+            stop = start + len(part)
+            if token:
+                found.append((token["id"], (byte_at[start], byte_at[stop]), (start, stop)))
+                start = stop
+                continue
+            words = self.words(part, number == 0)
+            units = self._units(part, "".join(words), start, byte_at)
+            for word in words:
+                for piece, ids in self.model.segment(word):
+                    here = units[:len(piece) - (self.model.end != "" and piece.endswith(self.model.end)) * len(self.model.end)]
+                    del units[:len(here)]
+                    low, high = here[0][0], here[-1][1]
+                    for k, id in enumerate(ids):
+                        span = (here[0][2], here[-1][3])
+                        if len(ids) > 1 and span[1] - span[0] == len(ids):     # a character as bytes <0xNN>
+                            span = (span[0] + k, span[0] + k + 1)
+                        found.append((id, span, (low, high)))
+            start = stop
+        return found
+
+    def _units(self, text, made, start, byte_at):
+        """For every character of `made`, what the words of `text` spell together (for every byte, where the model is
+        byte-level), the slice of the text it came from: (character, end, byte, end)."""
+        source, local = [], [step for step, spec in zip(self._normalize, (spec for spec in self.normalizer if not spec.get("theirs")))
+                         if spec["type"] not in ("Strip", "Prepend") and spec.get("content") != ""]
+        for cluster in CLUSTERS.finditer(text):
+            became = functools.reduce(lambda text, step: step(text), local, cluster[0])
+            same = len(became) == len(cluster[0])                # one for one; else the cluster as a whole became this
+            source += [(c, *((cluster.start() + k, cluster.start() + k + 1) if same else cluster.span())) for k, c in enumerate(became)]
+        units, at = [], 0
+        for c in made:
+            blank = c in " ▁_"
+            while at < len(source) and source[at][0] != c and not (blank and source[at][0].isspace()) and source[at][0] in BLANKS:
+                at += 1                                          # white space that the words no longer hold
+            if at < len(source) and (source[at][0] == c or blank and source[at][0].isspace()):
+                low, high, at = source[at][1], source[at][2], at + 1
+            else:
+                low = high = source[at][1] if at < len(source) else len(text)
+            whole = (start + low, start + high, byte_at[start + low], byte_at[start + high])
+            raw = c.encode("utf-8", "surrogateescape") if self.model.byte_level else c
+            if len(raw) == whole[3] - whole[2] > 1:              # the bytes of an unchanged character, one by one
+                units += [(*whole[:2], whole[2] + k, whole[2] + k + 1) for k in range(len(raw))]
+            else:
+                units += [whole] * len(raw)
+        return units
+
+    # ---- and back
+
+    def decode_bytes(self, ids, skip_special=False):
+        """The bytes of ids, exactly."""
+        try:
+            raw = b"".join([self.bytes_of[i] for i in ids if not (skip_special and i in self.special.values())])
+        except KeyError as error:
+            self.token_bytes(error.args[0])
+        return raw.removesuffix(b" ") if self.strip == "right" else raw.removeprefix(b" ") if self.strip else raw
+
+    def decode(self, ids, skip_special=False):
+        """Text of ids; bytes that are not whole UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
 
     def save(self, path):
-        """Write PATH/tokenizer.json, which Hugging Face's tokenizers opens with the same ids."""
-        stand_in = byte_alphabet()
-        show = lambda token: "".join(stand_in[b] for b in token)
-        split = dict(type="Split", pattern=dict(Regex=compiled(self.pattern).pattern), behavior="Isolated", invert=False)
-        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-        added = [dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-                 for name, i in self.special.items()]
-        model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                     fuse_unk=False, byte_fallback=False, ignore_merges=False,
-                     vocab={show(token): i for token, i in self.ranks.items()},
-                     merges=[[show(a), show(b)] for a, b in self.merges()])
-        with atomic_write(Path(path) / "tokenizer.json", "w") as file:
-            json.dump(dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
-                           pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]), post_processor=None,
-                           decoder=level, model=model), file, ensure_ascii=False)
+        """Write PATH/tokenizer.json, which load opens, and Hugging Face's tokenizers, with the same ids."""
+        return save(self, path)
+
+    @functools.cached_property
+    def fingerprint(self):
+        """A hash of everything that the ids depend on."""
+        return hashlib.sha256(write_hf(self)).hexdigest()
 
 
-class _Below:
-    """ranks as they were before token `limit` was learned."""
+class StreamDecoder:
+    """decode for ids that come one after the other: push gives the text that is certain, whole characters only."""
 
-    def __init__(self, ranks, limit):
-        self.ranks, self.limit = ranks, limit
+    def __init__(self, tok):
+        self.tok, self.utf8, self.held, self.fresh = tok, codecs.getincrementaldecoder("utf-8")("replace"), b"", tok.strip == "left"
 
-    def get(self, token):
-        rank = self.ranks.get(token)
-        return rank if rank is not None and rank < self.limit else None
+    def push(self, ids):
+        raw = self.held + b"".join(map(self.tok.token_bytes, ids))
+        if self.fresh and raw:
+            raw, self.fresh = raw.removeprefix(b" "), False
+        cut = len(raw) - (self.tok.strip == "right" and raw.endswith(b" "))
+        self.held = raw[cut:]
+        return self.utf8.decode(raw[:cut])
 
-    def __getitem__(self, token):
-        return self.ranks[token]
+    def flush(self):
+        """What is left: U+FFFD for a character that never became whole."""
+        return self.utf8.decode(b"", True)
 
 
-# ---- Load and save (which vocabulary file is this?) ----
+BLANKS = frozenset(" \t\n\r\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000▁" + "".join(map(chr, range(0x2000, 0x200b))))
+SPELLINGS = {                        # how the tokens of a vocabulary become bytes
+    "bytes": lambda model, token: token,
+    "": lambda model, token: token.encode("utf-8"),
+    "▁": lambda model, token: (bytes([int(token[3:5], 16)]) if model.byte_fallback and regex.fullmatch("<0x[0-9A-F]{2}>", token)
+                               else token.replace("▁", " ").encode("utf-8")),
+    "_": lambda model, token: (" " + token[1:] if token.startswith("_") else token).encode("utf-8"),
+    "##": lambda model, token: (token[2:] if token.startswith("##") else " " + token).encode("utf-8"),
+    "</w>": lambda model, token: token.replace("</w>", " ").encode("utf-8"),
+}
 
-def load(path_or_name, pattern="cl100k"):
-    """Open a tokenizer: a folder with tokenizer.json, such a file, a .tiktoken rank file (cut by `pattern`), 'bytes', or
-    a name that tiktoken knows (fetched by tiktoken, so it needs the network or its cache)."""
+
+# ---- SentencePiece files (what is inside a .model?) ----
+#
+# One protocol buffer: a run of (key, value), where key = field number << 3 | wire type. Wire type 0 is a number in
+# groups of seven bits, low ones first, whose top bit says that more follow; 2 is a length and that many bytes (text,
+# bytes or a message in its turn); 1 and 5 are eight and four bytes. An absent field means its default.
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6         # types of pieces
+
+# field number -> (name, kind, default). trainer_spec has forty more fields, which only tell how it was trained.
+PIECE = {1: ("text", str, ""), 2: ("score", float, 0.0), 3: ("type", int, NORMAL)}
+TRAINER = {3: ("model_type", int, 1), 4: ("vocab_size", int, 8000), 35: ("byte_fallback", bool, False),
+           24: ("treat_whitespace_as_suffix", bool, False), 44: ("unk_surface", str, " \u2047 "),
+           40: ("unk_id", int, 0), 41: ("bos_id", int, 1), 42: ("eos_id", int, 2), 43: ("pad_id", int, -1),
+           45: ("unk_piece", str, "<unk>"), 46: ("bos_piece", str, "<s>"), 47: ("eos_piece", str, "</s>"),
+           48: ("pad_piece", str, "<pad>")}
+NORMALIZER = {1: ("name", str, ""), 2: ("precompiled_charsmap", bytes, b""), 3: ("add_dummy_prefix", bool, True),
+              4: ("remove_extra_whitespaces", bool, True), 5: ("escape_whitespaces", bool, True)}
+MODEL = {1: ("pieces", PIECE, ()), 2: ("trainer_spec", TRAINER, {}), 3: ("normalizer_spec", NORMALIZER, {}),
+         5: ("denormalizer_spec", NORMALIZER, {})}
+
+
+def not_a_model(at, why):
+    return ValueError(f"byte {at}: {why}; this is no SentencePiece .model file, or a truncated or damaged one")
+
+
+def read_varint(data, at, end):
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= end:
+            raise not_a_model(at, "the data ends inside a number")
+        value |= (data[at] & 127) << shift
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+    raise not_a_model(at, "a number is longer than ten bytes")
+
+
+def read_message(data, at, end, fields):
+    """data[at:end] as {name: value}, defaults filled in. Only pieces repeat: they come as a list of tuples."""
+    out = {name: [] if kind is PIECE else default for name, kind, default in fields.values()}
+    while at < end:
+        start = at
+        key, at = read_varint(data, at, end)
+        name, kind, _ = fields.get(key >> 3, ("", None, None))
+        wire = key & 7
+        if wire == 0:
+            value, at = read_varint(data, at, end)
+        elif wire in (1, 2, 5):
+            size, at = read_varint(data, at, end) if wire == 2 else (8 if wire == 1 else 4, at)
+            value, at = data[at:at + size], at + size
+        if wire not in (0, 1, 2, 5) or kind and wire != (0 if kind in (int, bool) else 5 if kind is float else 2):
+            raise not_a_model(start, f"field {key >> 3} has wire type {wire}")
+        if at > end:
+            raise not_a_model(start, f"field {key >> 3} is to fill {size} bytes where {end - at + size} are left")
+        if not kind and fields is MODEL and key >> 3 != 4 and key >> 3 < 200:       # 4 is self-test data, 200 extensions
+            raise not_a_model(start, f"a model has no field {key >> 3}")
+        if kind is PIECE:
+            out[name].append(tuple(read_message(value, 0, size, PIECE).values()))
+        elif isinstance(kind, dict):
+            out[name] = read_message(value, 0, size, kind)
+        elif kind is float:
+            out[name] = struct.unpack("<f", value)[0]
+        elif kind is str:
+            try:
+                out[name] = value.decode()
+            except UnicodeDecodeError:
+                raise not_a_model(start, f"{name} is not UTF-8") from None
+        elif kind:
+            out[name] = kind(value) if kind is not int else (value + (1 << 31) & (1 << 32) - 1) - (1 << 31)   # int32
+    return out
+
+
+def check_pieces(pieces):
+    """What decoding relies on, and the library demands: a text names one piece, and one piece stands for the unknown."""
+    texts = Counter((text, kind in (UNKNOWN, CONTROL, BYTE)) for text, _, kind in pieces)
+    if "" in {text for text, _ in texts} or max(texts.values(), default=0) > 1:
+        raise ValueError(f"pieces must differ and not be empty: {[t for (t, _), n in texts.items() if not t or n > 1][:5]}")
+    if sum(kind == UNKNOWN for _, _, kind in pieces) != 1:
+        raise ValueError("a model has exactly one piece of type 2, which stands for all that no other piece covers")
+
+
+def read_model(data):
+    """The bytes of a .model file -> {"pieces": [(text, score, type)], "trainer_spec": {...}, "normalizer_spec": {...}}."""
+    model = read_message(bytes(data), 0, len(data), MODEL)
+    for name in ("pieces", "trainer_spec", "normalizer_spec"):      # files hold them in this order: a cut one lacks the last
+        if not model[name]:
+            raise not_a_model(len(data), f"the data ends before any {name}")
+    check_pieces(model["pieces"])
+    return {name: value for name, value in model.items() if value}
+
+
+def varint(value):
+    value &= (1 << 64) - 1                                          # -1 travels as ten bytes of two's complement
+    out = []
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def write_message(values, fields):
+    """The inverse of read_message; fields that hold their default are left out."""
+    out = []
+    for number, (name, kind, default) in fields.items():
+        value = values.get(name, default)
+        if kind in (int, bool) and value != default:
+            out += varint(number << 3), varint(int(value))
+        elif kind is float and value != default:
+            out += varint(number << 3 | 5), struct.pack("<f", value)
+        elif value != default:
+            parts = [dict(zip(("text", "score", "type"), piece)) for piece in value] if kind is PIECE else [value]
+            for part in parts:
+                body = write_message(part, kind) if isinstance(kind, dict) else part.encode() if kind is str else part
+                out += varint(number << 3 | 2), varint(len(body)), body
+    return b"".join(out)
+
+
+def write_model(pieces, trainer_spec, normalizer_spec, **more):
+    """pieces [(text, score, type)] and dicts of fields, as read_model gives them -> the bytes of a .model file."""
+    check_pieces(pieces)
+    if (sum(kind == BYTE for _, _, kind in pieces) == 256) != trainer_spec.get("byte_fallback", False):
+        raise ValueError("byte_fallback=True and 256 pieces <0x00>...<0xFF> of type 6 need each other: give both or neither")
+    unk_id = next(i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN)
+    trainer_spec = {**trainer_spec, "vocab_size": len(pieces), "unk_id": unk_id}
+    # The library wants a spec to be there even if all is default: model_type and name are written in any case.
+    trainer = write_message(trainer_spec, {**TRAINER, 3: ("model_type", int, 0)})
+    normalizer = write_message({**normalizer_spec, "name": normalizer_spec.get("name") or "identity"}, NORMALIZER)
+    out = [write_message({"pieces": pieces}, MODEL)]
+    for number, body in ((2, trainer), (3, normalizer), (5, write_message(more.get("denormalizer_spec", {}), NORMALIZER))):
+        out += [varint(number << 3 | 2), varint(len(body)), body] if body else []
+    return b"".join(out)
+
+
+# ---- Vocabulary files (whose file is this, and how is it written?) ----
+
+def flat(node):
+    """The steps of a part of tokenizer.json: nothing, one, or a (nested) sequence of them."""
+    inside = next((node[key] for key in ("normalizers", "pretokenizers", "decoders") if key in node), None) if node else []
+    return [node] if inside is None else [step for child in inside for step in flat(child)]
+
+
+def read_hf(path, raw):
+    """tokenizer.json of Hugging Face's tokenizers: every step by its name, the model as it stands."""
+    spec = json.loads(raw)
+    model, normalizer, cut, decoder = spec["model"], *(flat(spec.get(key)) for key in ("normalizer", "pre_tokenizer", "decoder"))
+    kind = model.get("type") or ("BPE" if "merges" in model else "Unigram" if "unk_id" in model else "WordPiece")
+    added = spec.get("added_tokens") or []
+    byte_level = any(step["type"] == "ByteLevel" for step in cut)
+    if kind == "BPE":
+        if model.get("continuing_subword_prefix"):
+            raise UsageError(f"{path}: BPE with continuing_subword_prefix={model['continuing_subword_prefix']!r} is not read here; "
+                             f"convert it to end_of_word_suffix or byte-level BPE")
+        merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
+        vocab, made, names = model["vocab"], {a + b for a, b in merges}, {token["content"] for token in added}
+        if byte_level:
+            vocab = {token: i for token, i in vocab.items() if len(token) == 1 or token in made or token not in names}
+            vocab, merges = {to_bytes(t): i for t, i in vocab.items()}, [(to_bytes(a), to_bytes(b)) for a, b in merges]
+        ranks = {a + b: i for i, (a, b) in reversed([*enumerate(merges)])} if model.get("joined") else None
+        core = BPE(vocab, None if model.get("joined") else merges, ranks, byte_level=byte_level, end=model.get("end_of_word_suffix") or "", unk=model.get("unk_token") or "",
+                   **{key: bool(model.get(key)) for key in ("byte_fallback", "fuse_unk", "ignore_merges")})
+    elif kind == "WordPiece":
+        core = WordPiece(model["vocab"], model["unk_token"], model["continuing_subword_prefix"], model.get("max_input_chars_per_word", 100))
+    elif kind == "Unigram":
+        core = Unigram(model["vocab"], model.get("unk_id"), model.get("byte_fallback"), **{key: model.get(key, ()) for key in ("never", "users", "single")})
+    else:
+        raise UsageError(f"{path}: a model of type {kind} is not read here; BPE, WordPiece and Unigram are")
+    kinds = [step["type"] for step in decoder]
+    spelling = ("bytes" if byte_level else "##" if "WordPiece" in kinds else "</w>" if "BPEDecoder" in kinds
+                else "_" if any(step.get("replacement") == "_" for step in decoder) else "▁" if "Metaspace" in kinds or "Replace" in kinds else "")
+    strip = {"##": "left", "_": "left", "</w>": "right"}.get(spelling, "")
+    if spelling == "▁" and ("Strip" in kinds or any(
+        step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
+        for step in decoder if step["type"] == "Metaspace")):
+        strip = "left"
+    return Tokenizer(core, normalizer, cut, added, spelling, strip)
+
+
+def to_bytes(token):
+    """Bytes of a byte-level token as GPT-2's files write it; a token with other characters stands for itself."""
+    byte_of = byte_values()
+    return bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode("utf-8")
+
+
+@functools.cache
+def byte_values():
+    return {character: b for b, character in byte_alphabet().items()}
+
+
+def show(token):
+    """A token as vocabulary files write it."""
+    return "".join(map(byte_alphabet().__getitem__, token)) if isinstance(token, bytes) else token
+
+
+def hf_json(tok):
+    """The tokenizer as a tokenizer.json, which Hugging Face's tokenizers opens with the same ids."""
+    model, nothing = tok.model, dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+    vocab = {show(token): i for token, i in model.vocab.items()}
+    if isinstance(model, BPE):
+        merges = model.merges if model.merges is not None else all_splits(model)
+        spec = dict(type="BPE", dropout=None, unk_token=model.unk or None, continuing_subword_prefix=None,
+                    end_of_word_suffix=model.end or None, fuse_unk=model.fuse_unk, byte_fallback=model.byte_fallback,
+                    ignore_merges=model.ignore_merges, joined=model.merges is None, vocab=vocab, merges=[[show(a), show(b)] for a, b in merges])
+    elif isinstance(model, WordPiece):
+        spec = dict(type="WordPiece", unk_token=model.unk, continuing_subword_prefix=model.prefix,
+                    max_input_chars_per_word=model.max_chars, vocab=vocab)
+    else:
+        spec = dict(type="Unigram", unk_id=model.unk_id, byte_fallback=model.byte_fallback, vocab=model.pieces, never=model.never,
+                    users=model.users, single=model.single)
+    fallback = [dict(type="Replace", pattern=dict(String="▁"), content=" "), dict(type="ByteFallback"), dict(type="Fuse"),
+                *([dict(type="Strip", content=" ", start=1, stop=0)] if tok.strip else [])]
+    decoder = {"bytes": dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False),
+               "##": dict(type="WordPiece", prefix=getattr(model, "prefix", ""), cleanup=False), "": None,
+               "_": dict(type="Metaspace", replacement="_", prepend_scheme="always", split=True),
+               "</w>": dict(type="BPEDecoder", suffix="</w>"), "▁": dict(type="Sequence", decoders=fallback)}[tok.spelling]
+    sequence = lambda steps, key: None if not steps else steps[0] if len(steps) == 1 else {"type": "Sequence", key: steps}
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=[nothing | token for token in tok.added],
+                normalizer=sequence(tok.normalizer, "normalizers"), pre_tokenizer=sequence(tok.cut, "pretokenizers"),
+                post_processor=None, decoder=decoder, model=spec)
+
+
+def all_splits(model):
+    """Merges of a model that knows only ranks: every cut of a token into two tokens, in the order of the ranks."""
+    known = model.rank.keys() | {token for token in model.vocab if len(token) == 1}
+    return [(token[:i], token[i:]) for token in sorted(model.rank, key=lambda token: (model.rank[token], model.vocab[token]))
+            for i in range(1, len(token)) if token[:i] in known and token[i:] in known]
+
+
+KNOWN_RANKS = {50256: "gpt2", 50257: "gpt2", 50280: "gpt2", 100256: "cl100k", 128000: "llama3", 151643: "qwen2", 199998: "o200k",
+               200000: "o200k"}      # rank files hold no pattern: these numbers of ranks give them away
+
+
+def read_ranks(path, raw, pattern):
+    """A .tiktoken file: lines of 'base64 rank'."""
+    pairs = [line.split() for line in raw.splitlines() if line]
+    ranks = {base64.b64decode(token.rstrip(b"=") + b"=="): int(rank) for token, rank in pairs}
+    return byte_bpe(ranks, pattern or KNOWN_RANKS.get(len(ranks), "cl100k"))
+
+
+def byte_bpe(ranks, pattern, special=(), merges=None):
+    """Byte-level BPE of `ranks` {token bytes: id}, with special tokens (names, or {name: id}) past the others."""
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing:
+        raise UsageError(f"a byte-level vocabulary must hold all 256 bytes; missing {missing[:8]}")
+    cut = [*split_steps(pattern), dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)]
+    added = [dict(id=i, content=name, special=True) for name, i in special.items()] if isinstance(special, dict) else []
+    tok = Tokenizer(BPE(ranks, merges, byte_level=True, ignore_merges=merges is None), (), cut, added)
+    return tok if added else tok.with_special(special)
+
+
+def read_tekken(path, raw):
+    """Mistral's tekken.json: ranks with the pattern beside them, the ids shifted past the special tokens."""
+    spec = json.loads(raw)
+    config = spec["config"]
+    shift, size = config["default_num_special_tokens"], config["default_vocab_size"]
+    ranks = {base64.b64decode(token["token_bytes"]): token["rank"] + shift for token in spec["vocab"][:size - shift]}
+    named = {token["token_str"]: token["rank"] for token in spec.get("special_tokens") or []}
+    named = named or dict(zip(("<unk>", "<s>", "</s>"), range(3)))
+    return byte_bpe(ranks, config["pattern"], named | {f"<SPECIAL_{i}>": i for i in range(shift) if i not in named.values()})
+
+
+def read_gpt2(path, raw):
+    """vocab.json with merges.txt beside it (encoder.json with vocab.bpe): byte-level BPE as GPT-2 has it."""
+    other = path.with_name(BESIDE.get(path.name, "merges.txt"))
+    if not other.is_file():
+        raise UsageError(f"{path}: {other.name} must lie beside it; the one holds the ids, the other the merges")
+    vocab_path, merges_path = (path, other) if path.suffix == ".json" else (other, path)
+    vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
+    merges = [tuple(line.split(" ")) for line in merges_path.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
+    made = {a + b for a, b in merges}
+    special = {token: i for token, i in vocab.items() if len(token) > 1 and token not in made}
+    ranks = {to_bytes(t): i for t, i in vocab.items() if t not in special}
+    return byte_bpe(ranks, "gpt2", special, [(to_bytes(a), to_bytes(b)) for a, b in merges])
+
+
+def sentencepiece_steps(charsmap, dummy_prefix, squeeze):
+    """The normaliser of a SentencePiece model in the steps of tokenizer.json: the character map, spaces squeezed, one put
+    before the text, all made visible. Hugging Face's step for maps works by graphemes; two NFC around it ("theirs": we
+    leave them out, as our step finds what SentencePiece finds) bring it as near as it gets."""
+    replace = lambda find, content, **more: dict(type="Replace", pattern=find, content=content, **more)
+    steps = [replace(dict(String="\r"), " ", theirs=True)] if charsmap and read_charsmap(charsmap).get("\r") == " " else []
+    table = dict(type="Precompiled", precompiled_charsmap=base64.b64encode(charsmap).decode(), longest_match=True)
+    steps += [dict(type="NFC", theirs=True), table, dict(type="NFC", theirs=True)] if charsmap else []
+    steps += [replace(dict(Regex=SQUEEZE), ""), replace(dict(Regex=" {2,}"), " ")] if squeeze else []
+    steps += [dict(type="Prepend", prepend="▁")] if dummy_prefix else []
+    return [*steps, replace(dict(String=" "), "▁"), *([replace(dict(Regex=r"▁+(?![\s\S])"), "")] if squeeze else [])]
+
+
+SQUEEZE = r"\A +| +(?![\s\S])"      # spaces at both ends of a text (^ and $ would match at every line)
+
+
+def read_sentencepiece(path, raw):
+    """A SentencePiece .model: Unigram or BPE over text whose spaces are visible."""
+    spec = read_model(raw)
+    trainer, norm, pieces = spec["trainer_spec"], spec["normalizer_spec"], spec["pieces"]
+    bpe = trainer["model_type"] == 2
+    for bad, what in ((trainer["treat_whitespace_as_suffix"], "treat_whitespace_as_suffix"), (not norm["escape_whitespaces"], "escape_whitespaces=false"),
+                      (trainer["model_type"] not in (1, 2), "a model_type other than unigram and bpe"), (bpe and any(k == UNUSED for _, _, k in pieces), "an unused piece")):
+        if bad:
+            raise UsageError(f"{path}: {what} is not read here; train the model without it")
+    kinds = {i: kind for i, (_, _, kind) in enumerate(pieces)}
+    added = [dict(id=i, content=text, special=True) for i, (text, _, kind) in enumerate(pieces) if kind in (CONTROL, UNKNOWN)]
+    unk, users, cut = next(text for text, _, kind in pieces if kind == UNKNOWN), [text for text, _, kind in pieces if kind == USER_DEFINED], []
+    if bpe:
+        vocab = {text: i for i, (text, _, kind) in enumerate(pieces) if kind != CONTROL}
+        core = BPE(vocab, None, {text: -score for text, score, kind in pieces if kind == NORMAL}, unk=unk,
+                   byte_fallback=trainer["byte_fallback"], fuse_unk=True, ignore_merges=bool(users))
+        longest = "|".join(map(regex.escape, sorted(users, key=len, reverse=True)))
+        cut = [dict(type="Split", pattern=dict(Regex=longest), behavior="Isolated", invert=False)] if users else []
+    else:
+        worth = [(text, 0.1 * (len(text.encode()) - 1) if kinds[i] == USER_DEFINED else score) for i, (text, score, _) in enumerate(pieces)]
+        core = Unigram(worth, spec["trainer_spec"]["unk_id"], trainer["byte_fallback"], single=True,
+                       never=[i for i, kind in kinds.items() if kind not in (NORMAL, USER_DEFINED)], users=[i for i in kinds if kinds[i] == USER_DEFINED])
+    steps = sentencepiece_steps(norm["precompiled_charsmap"], norm["add_dummy_prefix"], norm["remove_extra_whitespaces"])
+    return Tokenizer(core, steps, cut, added, "▁", "left" if norm["add_dummy_prefix"] or norm["remove_extra_whitespaces"] else "")
+
+
+def read_vocab_txt(path, raw):
+    """vocab.txt of WordPiece: a token a line, its number the id; `##` inside words, or `_` before them. BERT's normaliser,
+    in lower case unless the vocabulary knows capitals."""
+    tokens = raw.decode("utf-8").split("\n")
+    tokens = [token.rstrip("\r") for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unk = next((name for name in ROLES["unk"] if name in vocab), None)
+    if unk is None or len(vocab) < len(tokens):
+        raise UsageError(f"{path}: not a WordPiece vocabulary: expected different tokens, a line each, one of them [UNK]")
+    added = [dict(id=i, content=token, special=True) for token, i in vocab.items() if regex.fullmatch(r"\[[A-Z]+\]|<\S+>", token)]
+    gnmt = not any(token.startswith("##") for token in tokens) and any(token.startswith("_") for token in tokens)
+    lower = not any(token != token.lower() for token in tokens if token[:1] not in "[<")
+    bert = dict(type="BertNormalizer", clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lower)
+    return Tokenizer(WordPiece(vocab, unk, "" if gnmt else "##"), [bert], wordpiece_cut("_" if gnmt else "##"), added, "_" if gnmt else "##", "left")
+
+
+def wordpiece_cut(style):
+    mark = dict(type="Metaspace", replacement="_", prepend_scheme="always", split=True)
+    return [dict(type="BertPreTokenizer")] if style == "##" else [dict(type="WhitespaceSplit"), mark]
+
+
+def read_codes(path, raw):
+    """Merges of subword-nmt ('#version: 0.2', then a pair a line). It knows no ids: they count its symbols as they come,
+    after <unk>."""
+    lines = raw.decode("utf-8").split("\n")
+    version = lines[0].removeprefix("#version:").strip()
+    if not lines[0].startswith("#version:") or version != "0.2":
+        raise UsageError(f"{path}: expected subword-nmt codes that begin with '#version: 0.2', not {lines[0][:40]!r}")
+    merges = [tuple(line.strip("\r ").split(" ")) for line in lines[1:] if line.strip("\r ")]
+    wrong = next((number for number, pair in enumerate(merges, 2) if len(pair) != 2), None)
+    if wrong:
+        raise UsageError(f"{path}: line {wrong} is not a pair of symbols; the file is damaged")
+    symbols = dict.fromkeys(["<unk>", *(c for pair in merges for token in pair for c in word_symbols(token)), *(a + b for a, b in merges)])
+    return sennrich({symbol: i for i, symbol in enumerate(symbols)}, merges)
+
+
+def word_symbols(token, end="</w>"):
+    """The characters of a token, its end of word on the last one."""
+    body = token.removesuffix(end)
+    return [*body[:-1], body[-1:] + end] if token.endswith(end) and body else [*body]
+
+
+def sennrich_cut(glossaries=()):
+    return [dict(type="Split", pattern=dict(Regex=LINE_WORDS), behavior="Removed", invert=True), *(each for g in glossaries for each in split_steps(g))]
+
+
+def sennrich(vocab, merges, special=()):
+    tok = Tokenizer(BPE(vocab, merges, end="</w>", unk="<unk>"), (), sennrich_cut(), [dict(id=vocab["<unk>"], content="<unk>", special=True)],
+                    "</w>", "right")
+    return tok.with_special(special)
+
+
+def limit(tok, vocabulary="", threshold=0, glossaries=()):
+    """The tokenizer under subword-nmt's options: only pieces listed in the file `vocabulary` (lines of 'piece count') with a
+    count of `threshold` or more, others go back to what they were merged from; words that match a glossary stay whole."""
+    if not isinstance(tok.model, BPE) or tok.model.end != "</w>":
+        raise UsageError("--vocabulary and --glossaries are options of BPE with </w> (train --model=bpe, or subword-nmt codes)")
+    model = BPE(tok.model.vocab, tok.model.merges, end="</w>", unk="<unk>")
+    if vocabulary:
+        try:
+            lines = [line.split(" ") for line in Path(vocabulary).read_text(encoding="utf-8").split("\n") if line.strip()]
+            model.allowed = {piece for piece, count in lines if int(count) >= threshold}
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--vocabulary={vocabulary}: expected lines of 'piece count' as subword-nmt writes them ({error})") from None
+    if glossaries:
+        model.whole = compiled("|".join(glossaries))
+    return Tokenizer(model, tok.normalizer, sennrich_cut(glossaries), tok.added, tok.spelling, tok.strip)
+
+
+def load(path_or_name, pattern=""):
+    """Open any tokenizer: tokenizer.json, vocab.json + merges.txt, a .tiktoken rank file (cut by `pattern`), tekken.json, a
+    SentencePiece .model, vocab.txt, subword-nmt codes; a folder with one of them; 'bytes'; or a name that tiktoken knows
+    (fetched by tiktoken: needs the network or its cache). What a file is, its content says, not its name."""
     path = Path(path_or_name)
-    if path.is_dir() and (path / "tokenizer.json").is_file():
-        path = path / "tokenizer.json"
     if str(path_or_name) == "bytes":
-        return ByteBPE({bytes([b]): b for b in range(256)}, "gpt2", ["<|endoftext|>"])
+        return byte_bpe({bytes([b]): b for b in range(256)}, "gpt2", ["<|endoftext|>"])
+    if path.is_dir():
+        names = ("tokenizer.json", "vocab.json", "encoder.json", "*.model", "*.spm", "*.tiktoken", "tekken*.json", "vocab.txt", "*.model.v*", "codes*")
+        found = [file for name in names for file in sorted(path.glob(name))]
+        if not found:
+            raise UsageError(f"the folder {path} holds no vocabulary file; expected one of {', '.join(names)}")
+        path = found[0]
     if path.is_file():
-        return _load_ranks(path, pattern) if path.suffix == ".tiktoken" else _load_json(path)
+        try:
+            return read_any(path, path.read_bytes(), pattern)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, StopIteration, struct.error) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{path}: not a whole vocabulary file ({type(error).__name__}: {error}); copy or save it again") from None
     if str(path_or_name) in tiktoken.list_encoding_names():
         try:
             core = tiktoken.get_encoding(str(path_or_name))
         except OSError as error:
             raise UsageError(f"tiktoken could not fetch {path_or_name} ({type(error).__name__}: no network?); "
                              f"train one with --tokenizer='' or give a local file") from None
-        return ByteBPE(core._mergeable_ranks, core._pat_str, core._special_tokens)
-    raise UsageError(f"no tokenizer at {path_or_name}: expected a folder with tokenizer.json, a .json or .tiktoken file, "
-                     f"'bytes' or one of {tiktoken.list_encoding_names()}")
+        return byte_bpe(core._mergeable_ranks, core._pat_str, core._special_tokens)
+    raise UsageError(f"no tokenizer at {path_or_name}: expected a vocabulary file, a folder with one, 'bytes' or one of "
+                     f"{tiktoken.list_encoding_names()}")
 
 
-def _load_ranks(path, pattern):
-    import base64
-    try:
-        pairs = [line.split() for line in path.read_bytes().splitlines() if line]
-        return ByteBPE({base64.b64decode(token): int(rank) for token, rank in pairs}, pattern)
-    except ValueError as error:
-        raise UsageError(f"{path}: not a rank file of lines 'base64 rank' ({error})") from None
+def read_any(path, raw, pattern):
+    if path.suffix == ".gz":
+        raw = gzip.decompress(raw)
+    first = raw.split(b"\n", 1)[0]
+    if raw[:1] == b"{":
+        spec = json.loads(raw)
+        return (read_hf if isinstance(spec.get("model"), dict) else read_tekken if isinstance(spec.get("config"), dict) else read_gpt2)(path, raw)
+    if first.startswith(b"#version") and path.with_name(BESIDE.get(path.name, path.name)) != path and path.with_name(BESIDE[path.name]).is_file():
+        return read_gpt2(path, raw)
+    if first.startswith(b"#version") or path.name.startswith("codes"):
+        return read_codes(path, raw)
+    if regex.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?", first):
+        return read_ranks(path, raw, pattern)
+    return (read_sentencepiece if first == b"" or b"\0" in raw[:4096] else read_vocab_txt)(path, raw)
 
 
-def _load_json(path):
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        model, steps = spec["model"], spec["pre_tokenizer"]
-        steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
-        kinds = [step["type"] for step in steps]
-        readable = model["type"] == "BPE" and kinds in (["ByteLevel"], ["Split", "ByteLevel"]) and not spec.get("normalizer")
-        if readable:
-            pattern = PATTERNS["gpt2"] if kinds == ["ByteLevel"] else steps[0]["pattern"]["Regex"]
-            byte_of = {character: b for b, character in byte_alphabet().items()}
-            special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-            ranks = {bytes(byte_of[c] for c in token): i for token, i in model["vocab"].items() if token not in special}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: not a whole tokenizer.json ({type(error).__name__}: {error}); save or copy it again") from None
-    if not readable:
-        raise UsageError(f"{path}: only byte-level BPE without a normaliser is read, this is {model['type']} after {kinds}")
-    return ByteBPE(ranks, pattern, special)
+BESIDE = {"vocab.json": "merges.txt", "merges.txt": "vocab.json", "encoder.json": "vocab.bpe", "vocab.bpe": "encoder.json"}
 
 
-TOKENIZERS = {"bbpe": train_bbpe}    # --model of the command train
+def write_hf(tok):
+    return json.dumps(hf_json(tok), ensure_ascii=False).encode("utf-8")
+
+
+def write_ranks(tok):
+    if not (tok.model.byte_level and tok.model.joined) or tok.normalizer:
+        raise UsageError("only byte-level BPE without a normaliser can be written as .tiktoken ranks, with its merges in the order of its ids")
+    return b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in sorted(tok.model.vocab.items(), key=lambda item: item[1]))
+
+
+def write_codes(tok):
+    if not (isinstance(tok.model, BPE) and tok.model.end == "</w>" and tok.model.merges is not None):
+        raise UsageError("only BPE with </w> (train --model=bpe) has subword-nmt codes")
+    return "".join(["#version: 0.2\n", *(f"{a} {b}\n" for a, b in tok.model.merges)]).encode("utf-8")
+
+
+def write_vocab_txt(tok):
+    if not isinstance(tok.model, WordPiece) or sorted(tok.pieces) != [*range(tok.n_vocab)]:
+        raise UsageError("only a WordPiece vocabulary with ids from 0 on without gaps can be written as vocab.txt")
+    return "".join(f"{tok.pieces[i]}\n" for i in range(tok.n_vocab)).encode("utf-8")
+
+
+def write_sentencepiece(tok):
+    """A .model of Unigram, or of BPE over visible spaces; its normaliser must be one that sentencepiece_steps gives."""
+    model, kinds = tok.model, [step["type"] for step in tok.normalizer]
+    charsmap = next((base64.b64decode(step["precompiled_charsmap"]) for step in tok.normalizer if step["type"] == "Precompiled"), b"")
+    dummy, squeeze = "Prepend" in kinds, any(step.get("pattern") == dict(Regex=SQUEEZE) for step in tok.normalizer)
+    if tok.spelling != "▁" or tok.normalizer != sentencepiece_steps(charsmap, dummy, squeeze) or isinstance(model, BPE) and model.merges is not None:
+        raise UsageError("only Unigram and BPE trained in SentencePiece's way (train --model=unigram, or bpe with --style=sp) can be written "
+                         "as a SentencePiece .model; this tokenizer cuts or normalises text differently")
+    score = dict(model.pieces) if isinstance(model, Unigram) else {token: -float(rank) for token, rank in model.rank.items()}
+    users = set(model.users if isinstance(model, Unigram) else ()) | {model.vocab[u] for step in tok.cut for u in regex.split(r"(?<!\\)\|", step["pattern"]["Regex"]) if u in model.vocab}
+    kind = lambda i, text: (UNKNOWN if text == model.unk else CONTROL if text in tok.special else USER_DEFINED if i in users else
+                            BYTE if model.byte_fallback and regex.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL)
+    pieces = [(tok.pieces[i], score.get(tok.pieces[i], -1e4 - i), kind(i, tok.pieces[i])) for i in range(tok.n_vocab)]
+    named = {role: next((tok.special[name] for name in ROLES[role] if name in tok.special), -1) for role in ("bos", "eos", "pad")}
+    trainer = dict(model_type=1 if isinstance(model, Unigram) else 2, byte_fallback=model.byte_fallback, unk_piece=model.unk)
+    trainer |= {f"{role}_id": i for role, i in named.items()} | {f"{role}_piece": tok.pieces[i] for role, i in named.items() if i >= 0}
+    return write_model(pieces, trainer, dict(name="identity" if not charsmap else "nmt_nfkc", precompiled_charsmap=charsmap,
+                                             add_dummy_prefix=dummy, remove_extra_whitespaces=squeeze))
+
+
+WRITERS = {                          # --to: how to write a tokenizer, and the name of the file
+    "hf": (write_hf, "tokenizer.json"),
+    "tiktoken": (write_ranks, "vocab.tiktoken"),
+    "sentencepiece": (write_sentencepiece, "tokenizer.model"),
+    "subword-nmt": (write_codes, "codes.txt"),
+    "vocab.txt": (write_vocab_txt, "vocab.txt"),
+}
+
+
+def save(tok, path, to="hf"):
+    """Write PATH (a file where it has the usual ending, else a folder); whole or not at all."""
+    write, name = WRITERS[to]
+    path = Path(path)
+    file = path if path.suffix == Path(name).suffix and not path.is_dir() else path / name
+    raw = write(tok)
+    with atomic_write(file) as out:
+        out.write(raw)
+    return file
+
+
+# ---- Training a tokenizer (text in, one of the four out) ----
+
+FULL_WIDTH = {chr(c): chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)} | {"\u3000": " "}
+PUNCTUATION_MAP = dict(zip("‘’‚‛“”„‟′″‐‑‒–—―−、。《》〈〉「」『』【】·", "''''\"\"\"\"'\"-------,.<><>\"\"''[].")) | {"…": "...", "⋯": "..."}
+TABLES = {                           # --normalizer: maps of characters, each written into the vocabulary file as a table
+    "nfkc": lambda: nfkc_table(),
+    "nmt_nfkc": lambda: nfkc_table(nmt=True),
+    "lower": lambda: {c: _lower(c) for c in map(chr, range(0x110000)) if _lower(c) != c},
+    "punctuation": lambda: PUNCTUATION_MAP,
+    "fullwidth": lambda: FULL_WIDTH,
+}
+STEPS = {                            # --normalizer: those that are a step of their own in tokenizer.json
+    "nfc": dict(type="NFC"), "nfkc": dict(type="NFKC"), "lower": dict(type="Lowercase"),
+    "bert": dict(type="BertNormalizer", clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True),
+}
+KINDS = {                            # --model: its styles (the first is the default), its normaliser
+    "bbpe": (["bytes"], []),
+    "bpe": (["</w>", "sp"], []),
+    "wordpiece": (["##", "_"], ["bert"]),
+    "unigram": (["sp"], ["nmt_nfkc"]),
+}
+
+
+def one_table(names):
+    """The maps of several normalisers as one, in their order."""
+    table = {}
+    for name in names:
+        if name not in TABLES:
+            raise UsageError(f"--normalizer={name} is not a map of characters, the only kind a SentencePiece model can hold; use some of {list(TABLES)}")
+        new = TABLES[name]()
+        run = make_normalizer(new)
+        table = {source: run(to) for source, to in table.items()} | {s: to for s, to in new.items() if s not in table}
+    return table
+
+
+def table_step(table):
+    return dict(type="Precompiled", precompiled_charsmap=base64.b64encode(write_charsmap(table)).decode(), longest_match=True)
+
+
+def blueprint(model, pattern, normalizer, style):
+    """(normaliser, cut) for a tokenizer to be trained."""
+    names = [name for name in (normalizer or (KINDS["unigram"][1] if style == "sp" else KINDS[model][1])) if name != "none"]
+    if style == "sp":
+        table = one_table(names)
+        return sentencepiece_steps(write_charsmap(table), True, bool(names)), split_steps(pattern) if pattern else []
+    steps = [STEPS[name] if name in STEPS else table_step(one_table([name])) for name in names]
+    if model == "bbpe":
+        return steps, [*split_steps(pattern or "cl100k"), dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)]
+    if pattern:
+        return steps, split_steps(pattern)
+    return steps, sennrich_cut() if model == "bpe" else wordpiece_cut(style)
+
+
+def alphabet_of(words, coverage):
+    """The characters of the words, the most frequent first, until they make up `coverage` of the text."""
+    counts = Counter()
+    for word, n in words.items():
+        for c in word:
+            counts[c] += n
+    order = sorted(counts, key=lambda c: (-counts[c], c))
+    share = np.cumsum([counts[c] for c in order]) / max(1, sum(counts.values()))
+    return order[:1 + int(np.searchsorted(share, coverage - 1e-12))]
+
+
+def within(words, alphabet):
+    """The words cut at characters beyond the alphabet."""
+    known, kept = regex.compile("[" + regex.escape("".join(alphabet), special_only=False) + "]+"), Counter()
+    for word, n in words.items():
+        for part in known.findall(word):
+            kept[part] += n
+    return kept
+
+
+def symbols_of(words, mark_ends):
+    """(the words' characters as numbers, one word after the other; what each number stands for): characters in the order of
+    their code points, after them those at the end of a word, if these are told apart."""
+    lengths = np.array([len(word) for word in words], np.int64)
+    codes = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
+    codes[np.cumsum(lengths) - 1] += mark_ends << 21
+    unique, flat = np.unique(codes, return_inverse=True)
+    return flat.astype(np.int32), [chr(code & 0x1FFFFF) + "</w>" * (code >> 21) for code in unique.tolist()]
+
+
+def train(texts, model="bbpe", vocab_size=32_000, *, pattern="", special=(), tie="hf", min_frequency=0, max_token_length=0,
+          normalizer=(), style="", character_coverage=0.0, byte_fallback=True, workers=1, progress=None):
+    """Learn a tokenizer from texts (an iterable of str, read once, never held). Returns (tokenizer, {word: count}).
+
+    vocab_size counts the base alphabet but no special tokens: those (`special`, and <unk> where the model has one) come on
+    top. A corpus that cannot fill the vocabulary gives a smaller one. UsageError where the alphabet alone is larger."""
+    style = style or KINDS[model][0][0]
+    if style not in KINDS[model][0]:
+        raise UsageError(f"--style={style} is not a style of --model={model}; use one of {KINDS[model][0]}")
+    steps, cut = blueprint(model, pattern, normalizer, style)
+    if model == "bbpe" and vocab_size < 256:
+        raise UsageError(f"--vocab_size={vocab_size} is smaller than the 256 bytes every text is made of; use 256 or more")
+    words = count_words(texts, steps, cut, style == "sp", workers, progress)
+    limits = dict(tie=tie, min_frequency=min_frequency, max_token_length=max_token_length, progress=progress)
+    if model == "bbpe":
+        return train_bbpe(words, vocab_size, steps, cut, special, **limits), words
+    coverage = character_coverage or (0.9995 if style == "sp" else 1.0)
+    fallback = [f"<0x{b:02X}>" for b in range(256)] if style == "sp" and byte_fallback else []
+    if fallback:
+        words.pop("\n", None)                                    # a line break is the piece <0x0A>
+    letters = None if style == "</w>" else alphabet_of(words, coverage)
+    room = vocab_size - len(fallback)
+    if model == "wordpiece":
+        words = within({word: n for word, n in words.items() if len(word) <= 100}, letters)
+        mark = "##" if style == "##" else ""
+        letters = sorted({word[0] for word in words}) + sorted({mark + c for word in words for c in word[1:]} - {word[0] for word in words})
+    if model == "bpe":
+        words = words if style == "</w>" else within(words, letters)
+        flat, by_id = symbols_of(words, style == "</w>")
+        letters = by_id if style == "</w>" else letters
+    if room < len(letters):
+        raise UsageError(f"--vocab_size={vocab_size} is smaller than the {len(letters) + len(fallback)} characters and bytes of this text; "
+                         f"use more, or a smaller --character_coverage than {coverage}")
+    if model == "wordpiece":
+        vocab = learn_wordpiece(words, room, letters, mark, min_frequency, progress)
+        tok = Tokenizer(WordPiece({"[UNK]": 0} | {token: i + 1 for token, i in vocab.items()}, "[UNK]", mark), steps, cut,
+                        [dict(id=0, content="[UNK]", special=True)], style, "left")
+    elif model == "unigram":
+        pieces = [(token, 0.0) for token in ("<unk>", *fallback)] + train_unigram(within(words, letters), room, letters, progress=progress)
+        core = Unigram(pieces, 0, bool(fallback), never=range(1 + len(fallback)), single=True)
+        tok = Tokenizer(core, steps, cut, [dict(id=0, content="<unk>", special=True)], "▁", "left").with_special(["<s>", "</s>"])
+    else:
+        spelled = list(by_id)
+        pairs = learn_merges(flat, np.array([len(word) for word in words], np.int64), np.fromiter(words.values(), np.int64, len(words)),
+                             spelled, room - len(letters), **limits)
+        merges = [(spelled[a], spelled[b]) for a, b in pairs]
+        if style == "</w>":
+            tok = sennrich({token: i for i, token in enumerate(["<unk>", *spelled])}, merges)
+        else:
+            order = [*spelled[len(by_id):], *letters]
+            vocab = {token: i for i, token in enumerate(["<unk>", *fallback, *order])}
+            core = BPE(vocab, None, {token: i for i, token in enumerate(order)}, unk="<unk>", byte_fallback=bool(fallback), fuse_unk=True)
+            tok = Tokenizer(core, steps, cut, [dict(id=0, content="<unk>", special=True)], "▁", "left").with_special(["<s>", "</s>"])
+    return tok.with_special(special), words
+
+
+def train_bbpe(words, vocab_size, steps, cut, special=(), **limits):
+    """Byte-level BPE from {word: count}. Base ids are the bytes in GPT-2's order (tie hf) or by value."""
+    order = list(byte_alphabet()) if limits.get("tie", "hf") == "hf" else list(range(256))
+    id_of_byte, spelled = np.argsort(order).astype(np.int32), [bytes([b]) for b in order]
+    raw = [word if isinstance(word, bytes) else word.encode("utf-8", "surrogateescape") for word in words]
+    lengths = np.array([len(word) for word in raw], np.int64)
+    counts = np.fromiter(words.values(), np.int64, len(words))
+    flat = id_of_byte[np.frombuffer(b"".join(raw), np.uint8)]
+    del raw
+    pairs = learn_merges(flat, lengths, counts, spelled, vocab_size - 256, **limits)
+    merges = [(spelled[a], spelled[b]) for a, b in pairs]
+    return Tokenizer(BPE({token: i for i, token in enumerate(spelled)}, merges, byte_level=True), steps, cut).with_special(special)
+
+
+# ---- Bench (how fast, next to the libraries that do the same?) ----
+
+def in_child(work):
+    """(CPU seconds with all threads and children, wall seconds, peak MB) of work() in a process of its own."""
+    sys.stdout.flush()
+    start = time.perf_counter()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)                                       # no clean-up of the parent's state; a traceback was printed
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise RuntimeError("a run of the bench failed; its message stands above")
+    return usage.ru_utime + usage.ru_stime, time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def bench_command(args):
+    """Each row: CPU seconds, best of --rounds runs in turn, and the ratio to the first one of its group. Peers that are not
+    installed are left out."""
+    import importlib
+    import sysconfig
+    peers = {}
+    for name in ("tokenizers", "rustbpe", "subword_nmt.learn_bpe", "sentencepiece"):
+        with contextlib.suppress(ImportError):
+            peers[name] = importlib.import_module(name)
+    paths = args.input or [str(p) for p in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")) if "site-packages" not in p.parts]
+    texts = lambda: (document["text"] for document in documents(paths, Counter()))
+    head = "".join(itertools.islice(texts(), 200))
+    size, pattern = sum(len(text.encode("utf-8", "replace")) for text in texts()), compiled(PATTERNS[args.pattern]).pattern
+    print(f"{size / 1e6:.1f} MB, {args.vocab_size:,} tokens, pattern {args.pattern}; {cores()} cores; CPU seconds, the best of {args.rounds} runs in turn")
+    tok, _ = train(texts(), "bbpe", args.vocab_size, pattern=args.pattern)
+    lines = [line for line in head[:1_500_000].split("\n") if line]
+
+    def hugging_face():
+        hf = peers["tokenizers"]
+        theirs = hf.Tokenizer(hf.models.BPE())
+        theirs.pre_tokenizer = hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated"),
+                                                           hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        theirs.train_from_iterator(texts(), hf.trainers.BpeTrainer(vocab_size=args.vocab_size, show_progress=False,
+                                                                   initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
+
+    def hugging_face_encode():
+        theirs = peers["tokenizers"].Tokenizer.from_str(json.dumps(hf_json(tok)))
+        return lambda: [theirs.encode(text) for text in texts()]
+
+    def sentencepiece():
+        peers["sentencepiece"].SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=io.BytesIO(), vocab_size=4000,
+                                                          minloglevel=2, hard_vocab_limit=False, normalization_rule_name="nmt_nfkc")
+
+    ready = lambda work: lambda: work
+    groups = {
+        f"train BBPE {args.vocab_size}": {
+            "tokenizers": ready(hugging_face), "rustbpe": ready(lambda: peers["rustbpe"].Tokenizer().train_from_iterator(texts(), args.vocab_size, pattern=pattern)),
+            "ours, 1 process": ready(lambda: train(texts(), "bbpe", args.vocab_size, pattern=args.pattern)),
+            f"ours, {cores()} processes": ready(lambda: train(texts(), "bbpe", args.vocab_size, pattern=args.pattern, workers=cores()))},
+        "encode with the same ranks": {
+            "tokenizers": hugging_face_encode, "tiktoken": lambda: lambda: [tok.core.encode_ordinary(text) for text in texts()],
+            "ours": lambda: lambda: [tok.encode(text) for text in texts()], "ours, plain Python": lambda: lambda: [tok.encode_reference(text) for text in texts()]},
+        f"train BPE </w>, {sum(map(len, lines)) / 1e6:.1f} MB, 3000 merges": {
+            "subword_nmt.learn_bpe": ready(lambda: peers["subword_nmt.learn_bpe"].learn_bpe(lines, io.StringIO(), 3000)),
+            "ours": ready(lambda: train(iter(lines), "bpe", 3000 + len({*"".join(lines)}), tie="lex", min_frequency=2))},
+        f"train Unigram 4000, {sum(map(len, lines)) / 1e6:.1f} MB": {
+            "sentencepiece": ready(sentencepiece), "ours": ready(lambda: train(iter(lines), "unigram", 4000, byte_fallback=False))},
+    }
+    for title, group in groups.items():
+        runs = {name: prepare() for name, prepare in group.items() if name in peers or name.startswith(("ours", "tiktoken"))}
+        spent = {name: [] for name in runs}
+        for _ in range(args.rounds):
+            for name, work in runs.items():
+                spent[name].append(in_child(work))
+        print(f"\n{title}\n  {'':24s} {'CPU s':>8s} {'wall s':>8s} {'peak MB':>8s}  CPU ratio to {', '.join(n for n in runs if not n.startswith('ours'))}")
+        for name, figures in spent.items():
+            cpu, wall, peak = map(min, zip(*figures))
+            print(f"  {name:24s} {cpu:8.2f} {wall:8.2f} {peak:8.0f}  " + ("  ".join(
+                f"{cpu / min(f[0] for f in spent[other]):.2f}x" for other in runs if not other.startswith("ours")) if name.startswith("ours") else ""))
 
 
 # ---- Command line ----
 
 def demo():
     text = "low low low low low lower lower newest newest newest newest newest newest widest widest widest"
-    counts = count_pretokens([text], "gpt2")
-    tok = ByteBPE(train_bbpe(counts, 256 + 10), "gpt2", ["<|endoftext|>"])
-    print(f"corpus: {text!r}\n\nlearned merges, most frequent pair first (a space belongs to the word after it):")
-    for rank, (a, b) in enumerate(tok.merges()):
+    print(f"corpus: {text!r}\n")
+    tok, _ = train([text], "bbpe", 256 + 10, pattern="gpt2", special=["eos"])
+    print("BBPE, most frequent pair first (a space belongs to the word after it):")
+    for rank, (a, b) in enumerate(tok.model.merges):
         print(f"  {256 + rank}: {a.decode()!r} + {b.decode()!r}")
     for sample in (" lowest newer", " 你好", "<|endoftext|>"):
         ids = tok.encode(sample)
-        print(f"\n{sample!r}: {len(sample.encode())} bytes -> {len(ids)} tokens {ids}")
-        print("  ", " ".join(repr(tok.token_bytes(i).decode("utf-8", "backslashreplace")) for i in ids))
+        print(f"  {sample!r}: {len(sample.encode())} bytes -> {len(ids)} tokens {' '.join(tok.pieces[i] for i in ids)}")
         assert tok.decode(ids) == sample and ids == tok.encode_reference(sample)
-    print(f"\nA special token enters only where the caller allows it: {tok.encode('<|endoftext|>', allowed_special='all')}")
+    print(f"  a special token enters only where the caller allows it: {tok.encode('<|endoftext|>', allowed_special='all')}\n")
+    for model, size in (("bpe", 25), ("wordpiece", 25), ("unigram", 25)):
+        tok, _ = train([text], model, size, byte_fallback=False)
+        print(f"{model + ':':10s} {' '.join(pieces_of(tok, 'lowest newer'))}")
+    draw = random.Random(0)
+    print("sampled:   " + " | ".join(" ".join(tok.pieces[i] for i in tok.encode("newest", alpha=0.3, rng=draw)) for _ in range(3)))
+
+
+def pieces_of(tok, text):
+    """What the tokens of a text look like: the parts of words as subword-nmt prints them, else as the vocabulary has them,
+    SentencePiece's unknown text as it stands."""
+    found = []
+    if tok.model.end:
+        for word in regex.findall(LINE_WORDS, text):
+            parts = [part.removesuffix(tok.model.end) for each in tok.words(word) for part, _ in tok.model.segment(each)]
+            found += [part + "@@" for part in parts[:-1]] + parts[-1:]
+        return found
+    for part, token in tok.sections(text):
+        for piece, ids in [(part, [token["id"]])] if token else [each for word in tok.words(part) for each in tok.model.segment(word)]:
+            names = [tok.pieces[i] for i in ids]
+            found += [piece] if names == [tok.model.unk] and tok.spelling == "▁" else names
+    return found
+
+
+def parser():
+    cmds = Parser(prog="tokenizer.py", description="Train, use, convert and compare tokenizers.")
+    commands = cmds.add_subparsers(dest="command", required=True)
+    add = lambda name, text: commands.add_parser(name, help=text, description=text)
+    tok = dict(required=True, help="any vocabulary file, a folder with one, or a name")
+    cmd = add("train", "learn a vocabulary from text")
+    cmd.add_argument("--model", choices=list(KINDS), default="bbpe", help="algorithm")
+    cmd.add_argument("--vocab_size", type=integer, required=True, help="tokens to learn, the base alphabet included; special tokens come on top")
+    cmd.add_argument("--pattern", default="", help=f"where to cut words: one of {list(PATTERNS)} or a regular expression (bbpe: cl100k)")
+    cmd.add_argument("--tie", choices=list(TIES), default="hf", help="which of equally frequent pairs merges first")
+    cmd.add_argument("--min_frequency", type=integer, default=0, help="merge no pair seen less often")
+    cmd.add_argument("--max_token_length", type=integer, default=0, help="longest token, in bytes or characters; 0: any")
+    cmd.add_argument("--normalizer", nargs="+", default=[], choices=["none", *dict.fromkeys([*STEPS, *TABLES])], help="what to do to text first")
+    cmd.add_argument("--style", default="", choices=list(dict.fromkeys(s for styles, _ in KINDS.values() for s in styles)), help="bpe: </w> or sp (SentencePiece); wordpiece: ## or _")
+    cmd.add_argument("--character_coverage", type=number, default=0.0, help="share of the characters that get a token (sp: 0.9995, else 1)")
+    cmd.add_argument("--byte_fallback", type=truth, default=True, help="sp: unknown characters become bytes, not <unk>")
+    cmd.add_argument("--special", nargs="+", default=[], help=f"special tokens, on the ids after all others: names, roles ({', '.join(ROLES)}), sentinels=N")
+    cmd.add_argument("--workers", type=integer, default=0, help="processes that count; the result is the same for any number (0: one a core)")
+    cmd.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz, folders, - for stdin")
+    cmd.add_argument("--out", required=True, help="folder to write tokenizer.json to; one that is there is replaced")
+    cmd = add("encode", "text on stdin to ids, a line each")
+    cmd.add_argument("--tok", **tok)
+    cmd.add_argument("--format", choices=["ids", "pieces"], default="ids", help="what to print")
+    cmd.add_argument("--engine", choices=["auto", "python"], default="auto", help="python: the reference encoder, without tiktoken's core")
+    cmd.add_argument("--dropout", type=number, default=0.0, help="BPE-dropout: leave out merges with this probability")
+    cmd.add_argument("--alpha", type=number, default=0.0, help="Unigram: sample segmentations, the more even the smaller; 0: the best one")
+    cmd.add_argument("--nbest", type=integer, default=-1, help="with --alpha: sample from so many best ones; -1: from all")
+    cmd.add_argument("--seed", type=integer, default=0, help="of the sampling")
+    cmd.add_argument("--vocabulary", default="", help="subword-nmt: file of 'piece count' lines; other pieces are split up")
+    cmd.add_argument("--vocabulary_threshold", type=integer, default=0, help="subword-nmt: pieces of the vocabulary seen less often are split up too")
+    cmd.add_argument("--glossaries", nargs="+", default=[], help="subword-nmt: words or regular expressions that stay whole")
+    cmd = add("decode", "ids on stdin, a line each, to text")
+    cmd.add_argument("--tok", **tok)
+    cmd = add("convert", "write a vocabulary for another library")
+    cmd.add_argument("--tok", **tok)
+    cmd.add_argument("--to", choices=list(WRITERS), required=True, help="whose file to write")
+    cmd.add_argument("--out", required=True, help="file or folder")
+    cmd = add("eval", "bytes per token, tokens per word, vocabulary use and round trip, by script or language")
+    cmd.add_argument("--tok", nargs="+", required=True, help="vocabularies to compare")
+    cmd.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz, folders, - for stdin")
+    cmd = add("show", "tokens, ids, and the bytes and characters of the text they stand for")
+    cmd.add_argument("--tok", **tok)
+    cmd.add_argument("--text", default="", help="text to show (stdin without it)")
+    cmd = add("bench", "time training and encoding against the libraries that are installed")
+    cmd.add_argument("--input", nargs="+", default=[], help="text to use (without it: the sources of Python's standard library)")
+    cmd.add_argument("--vocab_size", type=integer, default=32_000, help="tokens to learn")
+    cmd.add_argument("--pattern", default="cl100k", help=f"one of {list(PATTERNS)}")
+    cmd.add_argument("--rounds", type=integer, default=3, help="runs of each, in turn; the best counts")
+    return cmds
 
 
 def main(argv):
     if not argv:
         return demo()
-    parser = Parser(prog="tokenizer.py", description="Train and use tokenizers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = lambda name, text: commands.add_parser(name, help=text)
-    cmd = add("train", "learn a vocabulary from text")
-    cmd.add_argument("--model", choices=list(TOKENIZERS), default="bbpe", help="algorithm")
-    cmd.add_argument("--vocab_size", type=integer, required=True, help="tokens to learn, the 256 bytes included")
-    cmd.add_argument("--pattern", default="cl100k", help=f"one of {list(PATTERNS)} or a regular expression")
-    cmd.add_argument("--min_frequency", type=integer, default=0, help="stop when no pair is this frequent")
-    cmd.add_argument("--special", nargs="+", default=[], help="special tokens, with ids after the vocabulary")
-    cmd.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz, folders, - for stdin")
-    cmd.add_argument("--out", required=True, help="folder to write tokenizer.json to")
-    cmd = add("encode", "text on stdin to ids, a line each")
-    cmd.add_argument("--tok", required=True, help="folder, file or name")
-    cmd.add_argument("--format", choices=["ids", "pieces"], default="ids", help="what to print")
-    cmd = add("decode", "ids on stdin, a line each, to text")
-    cmd.add_argument("--tok", required=True, help="folder, file or name")
-    args = parser.parse_args(argv)
-    if args.command == "train":
-        return _train_command(args)
-    tok = load(args.tok)
-    for number, line in enumerate(sys.stdin, 1):
-        line = line.rstrip("\n")
-        if args.command == "encode":
-            ids = tok.encode(line)
-            pieces = (repr(tok.token_bytes(i).decode("utf-8", "backslashreplace")) for i in ids)
-            print(*(ids if args.format == "ids" else pieces))
-        else:
-            try:
-                print(tok.decode(map(int, line.split())))
-            except ValueError as error:
-                raise UsageError(f"line {number}: {error}; expected ids separated by spaces") from None
+    args = parser().parse_args(argv)
+    COMMANDS[args.command](args)
 
 
-def _train_command(args):
+def train_command(args):
     start, report = time.perf_counter(), Counter()
-    counts = count_pretokens((d["text"] for d in documents(args.input, report)), args.pattern)
-    if not counts:
-        raise UsageError(f"--input={' '.join(args.input)} holds no text; give a file with some")
+    if Path(args.out).is_file():
+        raise UsageError(f"--out={args.out} is a file; name a folder for tokenizer.json")
+    total = sum(os.path.getsize(path) for path in input_files(args.input) if path != "-")
+    texts = (document["text"] for document in documents(args.input, report))
+    options = {key: value for key, value in vars(args).items() if key not in ("command", "input", "out", "workers", "model", "vocab_size")}
+    tok, words = train(texts, args.model, args.vocab_size, workers=args.workers or cores(), progress=Progress(total), **options)
     if warn_about(report):
         print(f"skipped {warn_about(report)}", file=sys.stderr)
-    say = lambda n: print(f"\r{n:,} of {args.vocab_size:,} tokens", end="", file=sys.stderr, flush=True)
-    ranks = TOKENIZERS[args.model](counts, args.vocab_size, args.min_frequency, say if sys.stderr.isatty() else None)
-    if len(ranks) < args.vocab_size:
-        print(f"the corpus fills only {len(ranks):,} of {args.vocab_size:,} tokens", file=sys.stderr)
-    ByteBPE(ranks, args.pattern, args.special).save(args.out)
-    print(f"{len(ranks):,} tokens from {report['documents']:,} documents ({sum(counts.values()):,} pre-tokens, "
-          f"{len(counts):,} different) in {time.perf_counter() - start:.1f} s -> {args.out}/tokenizer.json")
+    size = tok.n_vocab - len(tok.special)
+    if size < args.vocab_size:
+        print(f"warning: the corpus fills only {size:,} of {args.vocab_size:,} tokens", file=sys.stderr)
+    tok.save(args.out)
+    print(f"{size:,} tokens from {report['documents']:,} documents ({sum(words.values()):,} words, {len(words):,} different) "
+          f"in {time.perf_counter() - start:.1f} s -> {args.out}/tokenizer.json")
 
+
+class Progress:
+    """How far counting (in bytes of text) and merging are, with the time left: on a terminal one line rewritten, else a
+    line each ten seconds."""
+
+    def __init__(self, total_bytes, out=sys.stderr):
+        self.total, self.out, self.last, self.started = total_bytes, out, 0.0, {}
+
+    def __call__(self, what, done, total=0):
+        now, total = time.monotonic(), total or self.total
+        start = self.started.setdefault(what, now)
+        if now - self.last < (0.2 if self.out.isatty() else 10) or now == start:
+            return
+        self.last = now
+        left = f", {(now - start) * (total - done) / done:.0f} s left" if 0 < done < total else ""
+        print(f"\r\x1b[K{what} {done / max(total, 1):.0%}{left}" if self.out.isatty() else f"{what} {done / max(total, 1):.0%}{left}",
+              end="" if self.out.isatty() else "\n", file=self.out, flush=True)
+
+
+def lines_of(stream):
+    """Lines of a binary stream as str; bytes that are not UTF-8 travel as surrogate escapes."""
+    for line in stream:
+        yield line.decode("utf-8", "surrogateescape").removesuffix("\n")
+
+
+def encode_command(args):
+    tok, draw = load(args.tok), random.Random(args.seed)
+    sampling = {key: value for key, value in dict(dropout=args.dropout, alpha=args.alpha).items() if value}
+    sampling |= dict(nbest=args.nbest) if args.alpha else {}
+    if args.vocabulary or args.glossaries:
+        tok = limit(tok, args.vocabulary, args.vocabulary_threshold, args.glossaries)
+    for line in lines_of(sys.stdin.buffer):
+        if args.format == "pieces":
+            lead, trail = (len(line) - len(strip("\r\n ")) for strip in (line.lstrip, line.rstrip)) if tok.model.end else (0, 0)
+            print(line[:lead] + " ".join(pieces_of(tok, line)) + line[len(line) - trail:] * (lead < len(line)))
+        elif args.engine == "python":
+            print(*tok.encode_reference(line))
+        else:
+            print(*tok.encode(line.encode("utf-8", "surrogateescape"), rng=draw, **sampling))
+
+
+def decode_command(args):
+    tok = load(args.tok)
+    for number, line in enumerate(lines_of(sys.stdin.buffer), 1):
+        try:
+            raw = tok.decode_bytes(list(map(int, line.split())))
+        except ValueError as error:
+            raise UsageError(f"line {number}: {error}; expected ids separated by spaces") from None
+        sys.stdout.buffer.write(raw + b"\n")
+
+
+def convert_command(args):
+    tok = load(args.tok)
+    print(f"{tok.n_vocab:,} tokens -> {save(tok, args.out, args.to)}")
+    if args.to == "tiktoken":
+        print("a rank file holds neither the pattern nor the special tokens; give tiktoken:", {"pat_str": tok.core._pat_str, "special_tokens": tok.special})
+
+
+SCRIPTS = {name: regex.compile(rf"\p{{{name}}}") for name in ("Han", "Latin", "Cyrillic", "Arabic", "Hangul", "Hiragana", "Katakana", "Greek",
+                                                              "Hebrew", "Devanagari", "Thai")}
+
+
+def language_of(document):
+    """What a document says of itself (lang, language, meta.lang), else the script of most of its letters."""
+    meta = document.get("meta") if isinstance(document.get("meta"), dict) else {}
+    named = document.get("lang") or document.get("language") or meta.get("lang") or meta.get("language")
+    counts = {name: len(find.findall(document["text"][:2000])) for name, find in SCRIPTS.items()}
+    counts["Japanese"] = counts.pop("Hiragana") * 3 + counts.pop("Katakana") * 3
+    return str(named) if named else max(counts, key=counts.get) if any(counts.values()) else "no letters"
+
+
+def eval_command(args):
+    toks, report, word = {name: load(name) for name in args.tok}, Counter(), regex.compile(r"\w+|[^\w\s]")
+    sums, used = {}, {name: set() for name in toks}
+    for document in documents(args.input, report):
+        text = document["text"]
+        for name, tok in toks.items():
+            ids = tok.encode(text)
+            row = sums.setdefault((name, language_of(document)), Counter())
+            row.update(documents=1, bytes=len(text.encode("utf-8", "replace")), words=len(word.findall(text)), tokens=len(ids), exact=tok.decode(ids) == text)
+            used[name].update(ids)
+    if not sums:
+        raise UsageError(f"--input={' '.join(args.input)} holds no text; give a file with some")
+    for name, tok in toks.items():
+        rows = {language: row for (of, language), row in sums.items() if of == name}
+        print(f"{name}: {tok.n_vocab:,} tokens, {len(used[name]) / tok.n_vocab:.1%} of them used\n"
+              f"  {'language':12s} {'documents':>9s} {'MB':>8s} {'bytes/token':>11s} {'tokens/word':>11s} {'round trip':>10s}")
+        for language, row in [*sorted(rows.items(), key=lambda item: -item[1]["bytes"]), ("all", sum(rows.values(), Counter()))]:
+            print(f"  {language:12s} {row['documents']:9,d} {row['bytes'] / 1e6:8.2f} {row['bytes'] / max(1, row['tokens']):11.3f} "
+                  f"{row['tokens'] / max(1, row['words']):11.3f} {row['exact'] / row['documents']:10.1%}")
+    if warn_about(report):
+        print(f"skipped {warn_about(report)}", file=sys.stderr)
+
+
+def show_command(args):
+    tok = load(args.tok)
+    text = args.text or sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    print(f"{'id':>8s}  {'bytes':>13s}  {'characters':>13s}  token")
+    for id, (low, high), (first, last) in tok.spans(text):
+        print(f"{id:8d}  {low:6d}-{high:<6d}  {first:6d}-{last:<6d}  {tok.pieces[id]!r} {tok.token_bytes(id)!r}")
+
+
+COMMANDS = dict(train=train_command, encode=encode_command, decode=decode_command, convert=convert_command, eval=eval_command,
+                show=show_command, bench=bench_command)
 
 if __name__ == "__main__":
     run_cli(main)
