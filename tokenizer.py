@@ -6,15 +6,15 @@ joining makes the text most likely; Unigram begins with too many pieces and drop
 byte-level BPE does BPE on the 256 bytes, so that nothing is ever unknown.
 
     BPE:        (a, b) = argmax_{a,b} count(a b);   every "a b" becomes "ab";   repeat               [BPE alg 1]
-    WordPiece:  (a, b) = argmax_{a,b} count(a b) / (count(a) count(b)), likewise                      [WP sec 3]
-    Unigram:    x* = argmax_x sum_i log p(x_i) over the segmentations x of the text                   [SR eq 3]
+    WordPiece:  (a, b) = argmax_{a,b} count(a b) / (count(a) count(b)), likewise
+    Unigram:    x* = argmax_x sum_i log p(x_i) over the segmentations x of the text                  [SR sec 3.2]
 
 All are the same pipeline: normalise the text, cut it into words that no token reaches across (so a corpus is a table
 of unique words with counts), look up each word's tokens. Its steps are those of Hugging Face's tokenizer.json, and
 every other vocabulary file is read into them and written from them.
 
-Contents:    flags | files | normalisers | words | counting | BPE training | BPE | WordPiece | Unigram | Tokenizer |
-             vocabulary files | training a tokenizer | command line
+Contents:    flags | files | normalisers | words | counting | learning merges | BPE | WordPiece | Unigram | Unigram training |
+             Tokenizer | SentencePiece files | vocabulary files | training a tokenizer | bench | command line
 References:
     [BPE]    Neural Machine Translation of Rare Words with Subword Units, arXiv:1508.07909
     [GPT2]   Language Models are Unsupervised Multitask Learners, OpenAI 2019
@@ -438,6 +438,7 @@ def rewrite(text, table, longest):
     return "".join(out)
 
 
+@functools.cache
 def nfkc_table(nmt=False, fold=False):
     """The rules of SentencePiece's nfkc, nmt_nfkc, nfkc_cf and nmt_nfkc_cf, as far as this Python's Unicode goes.
 
@@ -1122,7 +1123,7 @@ class BPE(Model):
 
 class WordPiece(Model):
     """The longest token that begins the rest of the word, again and again; inside a word tokens carry `prefix`.
-    A word that cannot be built, or of more than `max_chars` characters, is one `unk`. [WP sec 3]"""
+    A word that cannot be built, or of more than `max_chars` characters, is one `unk`."""
 
     def __init__(self, vocab, unk="[UNK]", prefix="##", max_chars=100):
         self.vocab, self.unk, self.prefix, self.max_chars = vocab, unk, prefix, max_chars
@@ -1263,10 +1264,10 @@ class Unigram(Model):
         self.pieces, self.unk_id, self.byte_fallback = [tuple(piece) for piece in pieces], unk_id, bool(byte_fallback)
         self.vocab = {token: i for i, (token, _) in enumerate(self.pieces)}
         self.unk = self.pieces[unk_id][0] if unk_id is not None else ""
-        self.kind, round_ = ("f", float32) if single else ("d", float)
+        self.kind, self.round = ("f", float32) if single else ("d", float)
         self.single, normal = single, [score for i, (_, score) in enumerate(self.pieces) if i not in never and i not in users]
-        self.unk_score = round_(round_(min(normal, default=0.0)) - 10.0)
-        self.score = {token: round_(0.1 * (len(token.encode()) - 1) if i in users else score)
+        self.unk_score = self.round(self.round(min(normal, default=0.0)) - 10.0)
+        self.score = {token: self.round(0.1 * (len(token.encode()) - 1) if i in users else score)
                       for i, (token, score) in enumerate(self.pieces) if i not in never}
         self.longest = max(map(len, self.score), default=1)
         self.trie = {}                                    # character -> [score of the piece that ends here, children]
@@ -1353,8 +1354,8 @@ class Unigram(Model):
                 walks.append((path, last.bound))
                 continue
             for start, score in ends[last.start]:
-                bound = float32((float32(best[start] + score) if start >= 0 else 0.0) + last.tail)
-                heapq.heappush(agenda, Hypothesis(start, float32(score + last.tail), bound, last))
+                bound = self.round((self.round(best[start] + score) if start >= 0 else 0.0) + last.tail)
+                heapq.heappush(agenda, Hypothesis(start, self.round(score + last.tail), bound, last))
             if len(agenda) >= 10_000:                    # each bound is the score of another walk: n suffice
                 agenda = [heapq.heappop(agenda) for _ in range(max(n, min(512, 10 * n)))]
         return walks
@@ -1752,6 +1753,7 @@ class Tokenizer:
         alpha=a (nbest=n) samples Unigram segmentations. UsageError where the text holds a disallowed name."""
         if not (allowed_special or disallowed_special or sampling or self.always) and self.core and type(text) is str:
             return self.core.encode_ordinary(self.normalize(text))
+        sampling = self._sampling(**sampling)
         allowed = set(self.special) if allowed_special == "all" else set(allowed_special)
         refused = set(self.special) - allowed if disallowed_special == "all" else set(disallowed_special)
         if type(text) is bytes:
@@ -1761,6 +1763,15 @@ class Tokenizer:
         if found := next((name for name in sorted(refused) if name in text), None):
             raise UsageError(f"the text holds the special token {found}; allow it, or have it read as plain text by disallowed_special=()")
         return self._encode(text, allowed, rng, sampling, None if sampling or SURROGATE.search(text) else self.core)
+
+    def _sampling(self, dropout=0.0, alpha=0.0, nbest=-1):
+        """The options of sampling that this model takes; none where nothing is to be sampled."""
+        for name, value, kind, highest in (("dropout", dropout, BPE, 1), ("alpha", alpha, Unigram, math.inf)):
+            if value and not isinstance(self.model, kind):
+                raise UsageError(f"{name}={value} samples {kind.__name__} models; this is a {type(self.model).__name__} model: leave it out")
+            if not 0 <= value <= highest:
+                raise UsageError(f"{name}={value} is out of range; use a number from 0 to {highest}")
+        return dict(dropout=dropout) if dropout else dict(alpha=alpha, nbest=nbest) if alpha else {}
 
     def encode_reference(self, text):
         """The definition, in plain Python: encode gives the same ids, also where it goes through tiktoken's core."""
@@ -1811,6 +1822,7 @@ class Tokenizer:
 
         A token of some bytes of a character covers the whole of it in characters; a mark that a normaliser put in
         covers nothing."""
+        text = clean_surrogates(text)
         found, start, byte_at = [], 0, [*itertools.accumulate((len(c.encode("utf-8", "surrogatepass")) for c in text), initial=0)]
         for number, (part, token) in enumerate(self.sections(text)):
             stop = start + len(part)
@@ -1844,13 +1856,11 @@ class Tokenizer:
             source += [(c, *((cluster.start() + k, cluster.start() + k + 1) if same else cluster.span())) for k, c in enumerate(became)]
         units, at = [], 0
         for c in made:
-            blank = c in " ▁_"
-            while at < len(source) and source[at][0] != c and not (blank and source[at][0].isspace()) and source[at][0] in BLANKS:
+            fits = lambda: at < len(source) and (source[at][0] == c or c in "▁_" and source[at][0] == " ")
+            while at < len(source) and not fits() and source[at][0] in BLANKS:
                 at += 1                                          # white space that the words no longer hold
-            if at < len(source) and (source[at][0] == c or blank and source[at][0].isspace()):
-                low, high, at = source[at][1], source[at][2], at + 1
-            else:
-                low = high = source[at][1] if at < len(source) else len(text)
+            low, high = source[at][1:] if fits() else 2 * (source[at][1] if at < len(source) else len(text),)
+            at += fits()
             whole = (start + low, start + high, byte_at[start + low], byte_at[start + high])
             raw = c.encode("utf-8", "surrogateescape") if self.model.byte_level else c
             if len(raw) == whole[3] - whole[2] > 1:              # the bytes of an unchanged character, one by one
@@ -2315,9 +2325,9 @@ def load(path_or_name, pattern=""):
     if path.is_file():
         try:
             return read_any(path, path.read_bytes(), pattern)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError, StopIteration, struct.error) as error:
-            if isinstance(error, UsageError):
-                raise
+        except UsageError as error:
+            raise error if str(path) in str(error) else UsageError(f"{path}: {error}") from None
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, StopIteration, RecursionError, EOFError, OSError, struct.error) as error:
             raise UsageError(f"{path}: not a whole vocabulary file ({type(error).__name__}: {error}); copy or save it again") from None
     if str(path_or_name) in tiktoken.list_encoding_names():
         try:
@@ -2507,6 +2517,8 @@ def train(texts, model="bbpe", vocab_size=32_000, *, pattern="", special=(), tie
     if model == "bbpe" and vocab_size < 256:
         raise UsageError(f"--vocab_size={vocab_size} is smaller than the 256 bytes every text is made of; use 256 or more")
     words = count_words(texts, steps, cut, style == "sp", workers, progress)
+    if not words:
+        raise UsageError("the input holds no text; give files with some")
     limits = dict(tie=tie, min_frequency=min_frequency, max_token_length=max_token_length, progress=progress)
     if model == "bbpe":
         return train_bbpe(words, vocab_size, steps, cut, special, **limits), words

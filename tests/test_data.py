@@ -166,11 +166,11 @@ def test_a_single_document_is_split_inside(tmp_path):
 
 
 def test_a_ready_tokenizer_is_used_and_given_an_end_of_text(tmp_path, corpus):
-    tok = T.ByteBPE(T.train_bbpe(Counter({"model": 5}), 258), "gpt2")
+    tok = T.train(["model"] * 5, "bbpe", 258, pattern="gpt2")[0]
     tok.save(tmp_path / "tok")
     folder = data.prepare(config(input=(str(corpus),), tokenizer=str(tmp_path / "tok"), cache_dir=str(tmp_path)), 0, tmp_path, lambda s: None)
     meta, again = data.open_prepared(folder)
-    assert again.ranks == tok.ranks and meta["eot"] == again.special["<|endoftext|>"] == 258
+    assert again.model.vocab == tok.model.vocab and meta["eot"] == again.special["<|endoftext|>"] == 258
 
 
 def test_default_text_is_the_standard_library():
