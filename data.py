@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import shutil
 import sys
 import sysconfig
@@ -382,7 +383,8 @@ class Loader:
     """Rows of a split by number. `samples(first, count)` gives the rows of global samples first .. first + count - 1;
     the order is a pure function of (seed, sample), every row comes once an epoch. shuffle=False: rows in order, once."""
 
-    def __init__(self, folder, split, seq_len, seed=0, packing="bfd", shuffle=True, eot=0):
+    def __init__(self, folder, split, seq_len, seed=0, packing="bfd", shuffle=True, eot=0, resample=None):
+        self.resample = resample                                 # Tokenizer.sampler: another segmentation each time a row is drawn
         self.stream, self.seq_len, self.seed, self.shuffle, self.eot = Shards(folder, split), seq_len, seed, shuffle, eot
         self.first, self.start, self.length = pack(self.stream.starts, self.stream.lengths, seq_len, packing)
         self.n_rows, self.n_tokens = len(self.first) - 1, int(self.length.sum())
@@ -402,9 +404,10 @@ class Loader:
 
     def samples(self, first, count):
         """Batch of tensors [count, seq_len]: tokens, targets, positions, doc_ids (int64) and weights (float32)."""
-        return self.batch(self.rows(np.arange(first, first + count)))
+        numbers = np.arange(first, first + count)
+        return self.batch(self.rows(numbers), numbers)
 
-    def batch(self, rows):
+    def batch(self, rows, numbers=()):
         import torch                                             # here: the text commands start without it
         B, T = len(rows), self.seq_len
         out = {name: np.zeros((B, T), dtype=np.int64) for name in ("targets", "positions")}
@@ -413,7 +416,12 @@ class Loader:
             at = 0
             for number, piece in enumerate(range(self.first[row], self.first[row + 1])):
                 n = int(self.length[piece])
-                ids, here = self.stream.read(int(self.start[piece]), n + 1), slice(at, at + n)
+                ids = self.stream.read(int(self.start[piece]), n + 1)
+                if self.resample and len(numbers):               # a sampled row is longer: what no longer fits is left out
+                    rng = random.Random(f"{self.seed} {numbers[b]} {piece}")
+                    ids = np.array(self.resample(ids.tolist(), rng)[:T - at + 1])
+                    n = len(ids) - 1
+                here = slice(at, at + n)
                 out["tokens"][b, here], out["targets"][b, here] = ids[:-1], ids[1:]
                 out["positions"][b, here], out["doc_ids"][b, here], out["weights"][b, here] = np.arange(n), number, 1
                 at += n

@@ -74,6 +74,8 @@ class TokenizerConfig:
     tokenizer: str = ""            # folder, file or name of a ready tokenizer; empty trains one on the input
     pattern: str = "cl100k"        # how a tokenizer trained here cuts text into pre-tokens, a key of PATTERNS or a regex
     tokenizer_mb: float = 2.0      # megabytes of training text that a tokenizer trained here looks at; 0 means all
+    bpe_dropout: float = 0.0       # BPE: training rows leave out merges with this probability, anew each time; 0 is off
+    subword_alpha: float = 0.0     # Unigram: training rows are sampled segmentations, flatter the smaller it is; 0 is off
 
 
 def integer(text):
@@ -1772,6 +1774,19 @@ class Tokenizer:
             if not 0 <= value <= highest:
                 raise UsageError(f"{name}={value} is out of range; use a number from 0 to {highest}")
         return dict(dropout=dropout) if dropout else dict(alpha=alpha, nbest=nbest) if alpha else {}
+
+    def sampler(self, dropout=0.0, alpha=0.0):
+        """(ids, rng) -> the same text in a freshly sampled segmentation, special ids where they were; None where neither is
+        asked for. A piece of a document is sampled as a text of its own."""
+        how, special = self._sampling(dropout, alpha), set(self.special.values())
+        if not how:
+            return None
+
+        def resample(ids, rng):
+            runs = itertools.groupby(ids, special.__contains__)
+            return [i for is_special, run in runs for i in (run if is_special else self.encode(
+                b"".join(map(self.bytes_of.__getitem__, run)).removeprefix(b" " * (self.strip == "left")), rng=rng, **how))]
+        return resample
 
     def encode_reference(self, text):
         """The definition, in plain Python: encode gives the same ids, also where it goes through tiktoken's core."""

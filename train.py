@@ -675,8 +675,9 @@ def train(cfg, typed):
     if wanted and wanted < tok.n_vocab:
         raise UsageError(f"the tokenizer has {tok.n_vocab} ids, but the model only {wanted}; use --vocab_size={tok.n_vocab} or more, "
                          f"or the tokenizer that belongs to these weights")
-    loaders = {split: data.Loader(folder, split, cfg.seq_len, cfg.seed, cfg.packing, split == "train", meta["eot"])
-               for split in ("train", "val")}
+    resample = tok.sampler(cfg.bpe_dropout, cfg.subword_alpha)
+    loaders = {split: data.Loader(folder, split, cfg.seq_len, cfg.seed, cfg.packing, split == "train", meta["eot"],
+                                  resample if split == "train" else None) for split in ("train", "val")}
 
     # the model, its optimizer, and where the run stands
     dtype, reason = compute_dtype(cfg, world.device)

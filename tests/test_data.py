@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import tokenizer as T
@@ -171,6 +172,27 @@ def test_a_ready_tokenizer_is_used_and_given_an_end_of_text(tmp_path, corpus):
     folder = data.prepare(config(input=(str(corpus),), tokenizer=str(tmp_path / "tok"), cache_dir=str(tmp_path)), 0, tmp_path, lambda s: None)
     meta, again = data.open_prepared(folder)
     assert again.model.vocab == tok.model.vocab and meta["eot"] == again.special["<|endoftext|>"] == 258
+
+
+def test_rows_are_sampled_anew_and_reproducibly(tmp_path):
+    """BPE-dropout on the fly: the same text in more tokens, another segmentation for another sample number, the same for the same."""
+    (tmp_path / "one.txt").write_text("the model reads the words of the text again and again\n" * 400)
+    folder = data.prepare(config(input=(str(tmp_path / "one.txt"),), cache_dir=str(tmp_path)), 300, tmp_path, lambda s: None)
+    meta, tok = data.open_prepared(folder)
+    make = lambda p: Loader(folder, "train", 64, 0, "bfd", True, meta["eot"], tok.sampler(p))
+    plain, sampled = make(0.0), make(0.3)
+    assert plain.resample is None
+    for number in range(4):
+        a, b = (loader.samples(number, 1) for loader in (plain, sampled))
+        text = lambda batch: tok.decode(batch["tokens"][0][batch["weights"][0] > 0].tolist())
+        assert text(a).startswith(text(b)[:-1]) and len(text(b)) < len(text(a))
+        assert (b["tokens"][0][1:] == b["targets"][0][:-1])[b["weights"][0][1:] > 0].all()
+        assert torch.equal(sampled.samples(number, 1)["tokens"], b["tokens"])
+    n = plain.n_rows
+    assert plain.rows([0])[0] in plain.rows(range(n, 2 * n))
+    again = n + plain.rows(range(n, 2 * n)).tolist().index(plain.rows([0])[0])
+    assert torch.equal(plain.samples(again, 1)["tokens"], plain.samples(0, 1)["tokens"])
+    assert not torch.equal(sampled.samples(again, 1)["tokens"], sampled.samples(0, 1)["tokens"])
 
 
 def test_default_text_is_the_standard_library():
