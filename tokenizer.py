@@ -342,8 +342,8 @@ ACCENTS = regex.compile(r"\p{Mn}")
 PUNCTUATION = r"[!-/:-@\[-`{-~\p{P}]"
 
 
-# A character map, the form in which SentencePiece models carry rewriting rules (225,000 in 240 kB): a trie over the UTF-8 bytes of the sources, as a "double array": every node owns a base, and its child for byte c
-# sits in slot base ^ c. A slot is one uint32: bits 0-7 its byte c (so that a wrong guess is noticed), bit 8 "a source
+# A character map is the form in which SentencePiece models carry rewriting rules (225,000 in 240 kB): a trie over the
+# UTF-8 bytes of the sources, as a "double array". Every node owns a base, and its child for byte c sits in slot base ^ c. A slot is one uint32: bits 0-7 its byte c (so that a wrong guess is noticed), bit 8 "a source
 # ends here", bits 10-30 slot ^ base of the node, to be shifted left by 8 more if bit 9 is set. Where a source ends,
 # slot base ^ 0 has bit 31 and the position of the replacement among the NUL-terminated strings behind the trie.
 # Many slots may lead to one base: equal subtrees are stored once (the endings of all Hangul syllables, say).
@@ -441,12 +441,11 @@ def rewrite(text, table, longest):
 
 
 @functools.cache
-def nfkc_table(nmt=False, fold=False):
-    """The rules of SentencePiece's nfkc, nmt_nfkc, nfkc_cf and nmt_nfkc_cf, as far as this Python's Unicode goes.
+def nfkc_table(nmt=False):
+    """The rules of SentencePiece's nfkc and nmt_nfkc, as far as this Python's Unicode goes.
 
     A rule for each character that NFKC changes, and for each sequence that it composes, spelt with any characters that
-    stand for its parts: three kinds of jamo spell a Hangul syllable in up to 27 ways, which fills most of the table.
-    """
+    stand for its parts: three kinds of jamo spell a Hangul syllable in up to 27 ways, which fills most of the table."""
     table, spellings, sequences = {}, {}, set()
     for c in map(chr, itertools.chain(range(1, 0xD800), range(0xE000, 0x110000))):
         if unicodedata.normalize("NFKC", c) != c:
@@ -465,16 +464,7 @@ def nfkc_table(nmt=False, fold=False):
         table |= dict.fromkeys("\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u2581\ufeff\ufffd", " ")
         table |= dict.fromkeys(map(chr, [*range(1, 9), 11, *range(14, 32), 0x7F, 0x8F, 0x9F]), "")
         del table["\uff5e"]                     # the wide tilde is a character of its own in Japanese
-    table = drop_redundant(table)
-    if fold:
-        def simple(c):                          # one character to one: casefold alone would make two of \u00df
-            return next((to for to in (c.casefold(), c.lower()) if len(to) == 1), c)
-        table = {source: "".join(map(simple, to)) for source, to in table.items()}
-        for c in map(chr, range(0x110000)):
-            if simple(c) != c:
-                table.setdefault(c, simple(c))
-        table = drop_redundant(table)
-    return table
+    return drop_redundant(table)
 
 
 def drop_redundant(table):
@@ -1846,11 +1836,11 @@ class Tokenizer:
                 start = stop
                 continue
             words = self.words(part, number == 0)
-            units = self._units(part, "".join(words), start, byte_at)
+            units, at = self._units(part, "".join(words), start, byte_at), 0
             for word in words:
                 for piece, ids in self.model.segment(word):
-                    here = units[:len(piece) - (self.model.end != "" and piece.endswith(self.model.end)) * len(self.model.end)]
-                    del units[:len(here)]
+                    here = units[at:at + len(piece.removesuffix(self.model.end) if self.model.end else piece)]
+                    at += len(here)
                     low, high = here[0][0], here[-1][1]
                     for k, id in enumerate(ids):
                         span = (here[0][2], here[-1][3])
@@ -1866,12 +1856,14 @@ class Tokenizer:
         source, local = [], [step for step, spec in zip(self._normalize, (spec for spec in self.normalizer if not spec.get("theirs")))
                          if spec["type"] not in ("Strip", "Prepend") and spec.get("content") != ""]
         for cluster in CLUSTERS.finditer(text):
-            became = functools.reduce(lambda text, step: step(text), local, cluster[0])
-            same = len(became) == len(cluster[0])                # one for one; else the cluster as a whole became this
-            source += [(c, *((cluster.start() + k, cluster.start() + k + 1) if same else cluster.span())) for k, c in enumerate(became)]
+            became, *singly = [functools.reduce(lambda text, step: step(text), local, part) for part in (cluster[0], *cluster[0])]
+            if "".join(singly) == became:                        # each character by itself; else the cluster as a whole became this
+                source += [(c, at, at + 1) for at, part in enumerate(singly, cluster.start()) for c in part]
+            else:
+                source += [(c, *cluster.span()) for c in became]
         units, at = [], 0
         for c in made:
-            fits = lambda: at < len(source) and (source[at][0] == c or c in "▁_" and source[at][0] == " ")
+            fits = lambda: at < len(source) and (source[at][0] == c or c == self.spelling and source[at][0] == " ")
             while at < len(source) and not fits() and source[at][0] in BLANKS:
                 at += 1                                          # white space that the words no longer hold
             low, high = source[at][1:] if fits() else 2 * (source[at][1] if at < len(source) else len(text),)
@@ -1888,8 +1880,9 @@ class Tokenizer:
 
     def decode_bytes(self, ids, skip_special=False):
         """The bytes of ids, exactly."""
+        hidden = set(self.special.values()) if skip_special else ()
         try:
-            raw = b"".join([self.bytes_of[i] for i in ids if not (skip_special and i in self.special.values())])
+            raw = b"".join([self.bytes_of[i] for i in ids if i not in hidden])
         except KeyError as error:
             self.token_bytes(error.args[0])
         return raw.removesuffix(b" ") if self.strip == "right" else raw.removeprefix(b" ") if self.strip else raw

