@@ -44,10 +44,12 @@ import operator
 import os
 import random
 import re
+import signal
 import struct
 import sys
 import time
 import unicodedata
+import zlib
 from array import array
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -263,6 +265,14 @@ def decode_utf8(raw, report):
         return text
 
 
+SURROGATE = regex.compile("[\ud800-\udfff]")
+
+
+def clean_surrogates(text):
+    """What tiktoken does with code points that UTF-8 cannot hold: pairs are joined, lone halves become U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def documents(paths, report):
     """Yield every document as a dict with `text`: one a line of .jsonl / .jsonl.gz, else one a file.
 
@@ -298,8 +308,8 @@ def _parse_line(raw, report):
     try:
         document = json.loads(decode_utf8(raw, report))
         if isinstance(document["text"], str):
-            return document
-    except (json.JSONDecodeError, KeyError, TypeError):
+            return document | {"text": clean_surrogates(document["text"])}
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
         pass                                                    # counted below with the lines of a wrong shape
     report["bad_lines"] += 1
     return None
@@ -455,7 +465,7 @@ def nfkc_table(nmt=False):
             spellings.setdefault(parts, []).append(c)
         else:
             sequences.add(parts)
-    for parts in sequences:
+    for parts in sorted(sequences):                              # a set's order differs from run to run
         to = unicodedata.normalize("NFKC", parts)
         if to != parts:
             spelt = map("".join, itertools.product(*(spellings.get(c, c) for c in parts)))
@@ -577,6 +587,8 @@ def compiled(pattern):
 def split_steps(pattern):
     """The cutting steps of a pattern: a name in PATTERNS or a regular expression."""
     found = PATTERNS.get(pattern, pattern)
+    if found is pattern and regex.fullmatch(r"[\w-]+", pattern):
+        raise UsageError(f"--pattern={pattern} is not known; use one of {list(PATTERNS)}, or a regular expression such as '\\w+|\\W'")
     return [dict(type="Split", pattern=dict(Regex=compiled(each).pattern), behavior="Isolated", invert=False)
             for each in ([found] if isinstance(found, str) else found)]
 
@@ -604,6 +616,13 @@ def splitter(source):
         beyond = "" if text.isascii() else "".join(set(ASTRAL.findall(text)))
         return exact(text) if beyond and missed(beyond) else fast(text)
     return split
+
+
+@functools.cache
+def covers(pattern):
+    """Does every character fall in some match? Tried on the characters of the first planes, side by side with others."""
+    probe = "".join(f"{c}a{c} {c}1{c}\n{c}!{c}" for c in map(chr, [*range(0x3100), 0xAC00, 0xE000, 0x1F600, 0x20000]))
+    return pattern in KNOWN_PATTERNS or not (compiled(pattern).fullmatch("") or compiled(pattern).sub("", probe))
 
 
 def step_of(table, step):
@@ -748,7 +767,7 @@ def count_words(texts, steps, cut, by_mark=False, workers=1, progress=None):
     """Counter of the words of all texts. The corpus streams through: at most workers + 1 chunks of it are held.
 
     Any number of workers gives the same Counter, order included: results are added in the order of the chunks."""
-    cuttable = not steps and not by_mark and all(step["type"] == "ByteLevel" or step["pattern"]["Regex"] in KNOWN_PATTERNS for step in cut)
+    cuttable = not steps and not by_mark and all(step["type"] == "ByteLevel" or step.get("pattern", {}).get("Regex") in KNOWN_PATTERNS for step in cut)
     counts, chunks, pipeline = Counter(), _chunks(texts, cuttable, progress), json.dumps([steps, cut, by_mark])
     if workers <= 1:
         for chunk in chunks:
@@ -1628,6 +1647,8 @@ def special_names(wanted):
     names = []
     for name in wanted:
         word, _, count = name.partition("=")
+        if word == "sentinels" and count and not count.isdecimal():
+            raise UsageError(f"--special {name}: expected a number, as in sentinels=100")
         names += [SENTINEL.format(i) for i in range(integer(count or "100"))] if word == "sentinels" else [ROLES.get(name, [name])[0]]
     return list(dict.fromkeys(names))
 
@@ -1647,12 +1668,19 @@ class Cache(dict):
         return ids
 
 
-SURROGATE = regex.compile("[\ud800-\udfff]")
+def trie_regex(words):
+    """A regular expression for the longest of many words at a place: one branch a character, not one a word."""
+    heads = {}
+    for word in words:
+        heads.setdefault(word[:1], []).append(word[1:])
+    ends = heads.pop("", None) is not None
+    branches = [regex.escape(head) + trie_regex(rest) for head, rest in heads.items()]
+    return f"(?:{'|'.join(branches)})" + "?" * ends if branches else ""
 
 
-def clean_surrogates(text):
-    """What tiktoken does with code points that UTF-8 cannot hold: pairs are joined, lone halves become U+FFFD."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def plain_text(text):
+    """A str without surrogates; of bytes a str in which those that are not UTF-8 are lone surrogates, to be bytes again."""
+    return text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else clean_surrogates(text)
 
 
 class Tokenizer:
@@ -1675,8 +1703,10 @@ class Tokenizer:
     def bytes_of(self):
         """{id: the bytes it stands for}; of added tokens: their name."""
         spell = SPELLINGS[self.spelling]
+        lead = " " * (self.spelling.startswith("##") or self.spelling in ("_", " "))       # special tokens stand as words
         return {i: spell(self.model, token) for token, i in self.model.vocab.items()} | {
-            token["id"]: (" " * (self.spelling in ("##", "_")) + token["content"]).encode("utf-8") for token in self.added}
+            token["id"]: spell(self.model, token["content"]) if self.spelling == "▁" and not token.get("special") else
+            (token.get("surface") or lead + token["content"]).encode("utf-8") for token in self.added}
 
     @functools.cached_property
     def n_vocab(self):
@@ -1703,6 +1733,9 @@ class Tokenizer:
     def with_special(self, names):
         """The same tokenizer with more special tokens, on the ids after all others."""
         new = [name for name in special_names(names) if name not in self.special]
+        ordinary = [name for name in new if not name.strip() or name in self.model.vocab or name.encode() in self.model.vocab]
+        if ordinary:
+            raise UsageError(f"--special {' '.join(map(repr, ordinary))}: blank, or an ordinary token of this vocabulary; use names such as <|{ordinary[0].strip() or 'name'}|>")
         added = [dict(id=self.n_vocab + i, content=name, special=True) for i, name in enumerate(new)]
         return Tokenizer(self.model, self.normalizer, self.cut, [*self.added, *added], self.spelling, self.strip)
 
@@ -1735,7 +1768,12 @@ class Tokenizer:
             pattern = regex_of(self.cut[0]["pattern"]).pattern
         else:
             return None
-        return tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=self.model.vocab, special_tokens={})
+        if not covers(pattern):
+            return None                                          # tiktoken drops what no match holds
+        try:
+            return tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=self.model.vocab, special_tokens={})
+        except ValueError:                                       # an expression that Rust's engine does not know
+            return None
 
     def encode(self, text, allowed_special=(), disallowed_special=(), rng=None, **sampling):
         """ids of a str, or of bytes, which need not be UTF-8.
@@ -1748,10 +1786,7 @@ class Tokenizer:
         sampling = self._sampling(**sampling)
         allowed = set(self.special) if allowed_special == "all" else set(allowed_special)
         refused = set(self.special) - allowed if disallowed_special == "all" else set(disallowed_special)
-        if type(text) is bytes:
-            text = text.decode("utf-8", "surrogateescape")       # bytes that are not UTF-8 become lone surrogates, and bytes again
-        else:
-            text = clean_surrogates(text)
+        text = plain_text(text)
         if found := next((name for name in sorted(refused) if name in text), None):
             raise UsageError(f"the text holds the special token {found}; allow it, or have it read as plain text by disallowed_special=()")
         return self._encode(text, allowed, rng, sampling, None if sampling or SURROGATE.search(text) else self.core)
@@ -1780,7 +1815,7 @@ class Tokenizer:
 
     def encode_reference(self, text):
         """The definition, in plain Python: encode gives the same ids, also where it goes through tiktoken's core."""
-        return self._encode(clean_surrogates(text), (), None, {}, None)
+        return self._encode(plain_text(text), (), None, {}, None)
 
     def _encode(self, text, allowed, rng, sampling, core):
         ids = []
@@ -1796,23 +1831,24 @@ class Tokenizer:
         return ids
 
     def _finder(self, allowed):
-        """(regular expression, tokens in the order of its groups) of the added tokens to look for."""
+        """(regular expression or None, {name: token}) of the added tokens to look for; of those that begin first the longest."""
         if allowed not in self._finders:
-            tokens = sorted(self.always + [t for t in self.added if t.get("special") and t["content"] in allowed],
-                            key=lambda token: -len(token["content"]))
-            edge = lambda token, side: r"\s*" if token.get(side) else r"\b" if token.get("single_word") else ""
-            find = "|".join(f"{edge(t, 'lstrip')}({regex.escape(t['content'])}){edge(t, 'rstrip')}" for t in tokens)
-            self._finders[allowed] = compiled(find), tokens
+            tokens = {t["content"]: t for t in self.added if not t.get("special") or t["content"] in allowed}
+            plain, others = [], []
+            for name, token in sorted(tokens.items(), key=lambda item: -len(item[0])):
+                edge, (left, right) = r"\b" * bool(token.get("single_word")), (r"\s*" * bool(token.get(side)) for side in ("lstrip", "rstrip"))
+                others += [f"{left}{edge}({regex.escape(name)}){edge}{right}"] if edge or left or right else []
+                plain += [] if edge or left or right else [name]
+            find = "|".join(filter(None, [*others, trie_regex(plain)]))
+            self._finders[allowed] = find and compiled(find), tokens
         return self._finders[allowed]
 
     def sections(self, text, allowed=()):
-        """[(text, None) or (name, added token)]: of the added tokens that begin first, the longest is cut out."""
+        """[(text, None) or (text, added token)], the added tokens cut out of the text."""
         find, tokens = self._finder(frozenset(allowed))
-        if not tokens:
-            return [(text, None)] if text else []
         found, end = [], 0
-        for match in find.finditer(text):
-            found += [(text[end:match.start()], None), (match[0], tokens[match.lastindex - 1])]
+        for match in find.finditer(text) if find else ():
+            found += [(text[end:match.start()], None), (match[0], tokens[match[match.lastindex or 0]])]
             end = match.end()
         return [(part, token) for part, token in [*found, (text[end:], None)] if part]
 
@@ -1862,18 +1898,27 @@ class Tokenizer:
             else:
                 source += [(c, *cluster.span()) for c in became]
         units, at = [], 0
-        for c in made:
-            fits = lambda: at < len(source) and (source[at][0] == c or c == self.spelling and source[at][0] == " ")
-            while at < len(source) and not fits() and source[at][0] in BLANKS:
-                at += 1                                          # white space that the words no longer hold
-            low, high = source[at][1:] if fits() else 2 * (source[at][1] if at < len(source) else len(text),)
-            at += fits()
+        put = any(step["type"] == "Prepend" for step in self.normalizer)
+        spaces = "" if any(step["type"] == "WhitespaceSplit" for step in self.cut) else " "    # what a mark may stand for
+        for place, c in enumerate(made):
+            mark = c == self.spelling and at < len(source) and source[at][0] not in (c, spaces) or put and place == 0
+            ahead = at
+            while not mark and ahead < len(source) and source[ahead][0] != c and not (c == self.spelling and source[ahead][0] == spaces) \
+                    and source[ahead][0] in BLANKS:
+                ahead += 1                                       # white space that the words no longer hold
+            if not mark and ahead < len(source) and source[ahead][0] in (c, spaces if c == self.spelling else c):
+                (low, high), at = source[ahead][1:], ahead + 1
+            else:                                                # a mark that was put in
+                low = high = source[at][1] if at < len(source) else len(text)
             whole = (start + low, start + high, byte_at[start + low], byte_at[start + high])
             raw = c.encode("utf-8", "surrogateescape") if self.model.byte_level else c
             if len(raw) == whole[3] - whole[2] > 1:              # the bytes of an unchanged character, one by one
                 units += [(*whole[:2], whole[2] + k, whole[2] + k + 1) for k in range(len(raw))]
             else:
                 units += [whole] * len(raw)
+        for k in range(len(units) - 2, -1, -1):                  # what was put in stands where the next begins
+            if units[k][0] == units[k][1]:
+                units[k] = (units[k + 1][0],) * 2 + (units[k + 1][2],) * 2
         return units
 
     # ---- and back
@@ -1920,14 +1965,16 @@ class StreamDecoder:
         return self.utf8.decode(b"", True)
 
 
+TIDY = re.compile(r" ([.?!,]|n't|'m|'s|'ve|'re)$")       # BERT's clean-up: no space before these
 BLANKS = frozenset(" \t\n\r\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000▁" + "".join(map(chr, range(0x2000, 0x200b))))
 SPELLINGS = {                        # how the tokens of a vocabulary become bytes
     "bytes": lambda model, token: token,
-    "": lambda model, token: token.encode("utf-8"),
+    " ": lambda model, token: b" " + token.encode("utf-8"),      # tokenizer.json without a decoder: tokens are words
     "▁": lambda model, token: (bytes([int(token[3:5], 16)]) if model.byte_fallback and regex.fullmatch("<0x[0-9A-F]{2}>", token)
                                else token.replace("▁", " ").encode("utf-8")),
     "_": lambda model, token: (" " + token[1:] if token.startswith("_") else token).encode("utf-8"),
     "##": lambda model, token: (token[2:] if token.startswith("##") else " " + token).encode("utf-8"),
+    "##tidy": lambda model, token: TIDY.sub(r"\1", token[2:] if token.startswith("##") else " " + token).encode("utf-8"),
     "</w>": lambda model, token: token.replace("</w>", " ").encode("utf-8"),
 }
 
@@ -2099,9 +2146,10 @@ def read_hf(path, raw):
     else:
         raise UsageError(f"{path}: a model of type {kind} is not read here; BPE, WordPiece and Unigram are")
     kinds = [step["type"] for step in decoder]
-    spelling = ("bytes" if byte_level else "##" if "WordPiece" in kinds else "</w>" if "BPEDecoder" in kinds
-                else "_" if any(step.get("replacement") == "_" for step in decoder) else "▁" if "Metaspace" in kinds or "Replace" in kinds else "")
-    strip = {"##": "left", "_": "left", "</w>": "right"}.get(spelling, "")
+    tidy = any(step.get("cleanup") for step in decoder)
+    spelling = ("bytes" if byte_level else "##tidy" if tidy else "##" if "WordPiece" in kinds else "</w>" if "BPEDecoder" in kinds
+                else "_" if any(step.get("replacement") == "_" for step in decoder) else "▁" if "Metaspace" in kinds or "Replace" in kinds else " ")
+    strip = {"##": "left", "##tidy": "left", "_": "left", " ": "left", "</w>": "right"}.get(spelling, "")
     if spelling == "▁" and ("Strip" in kinds or any(
         step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
         for step in decoder if step["type"] == "Metaspace")):
@@ -2129,6 +2177,8 @@ def hf_json(tok):
     """The tokenizer as a tokenizer.json, which Hugging Face's tokenizers opens with the same ids."""
     model, nothing = tok.model, dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
     vocab = {show(token): i for token, i in model.vocab.items()}
+    if {*vocab.values(), *(token["id"] for token in tok.added)} != {*range(tok.n_vocab)}:
+        vocab |= {token["content"]: token["id"] for token in tok.added}          # ids with gaps are kept only inside the model
     if isinstance(model, BPE):
         merges = model.merges if model.merges is not None else all_splits(model)
         spec = dict(type="BPE", dropout=None, unk_token=model.unk or None, continuing_subword_prefix=None,
@@ -2143,7 +2193,8 @@ def hf_json(tok):
     fallback = [dict(type="Replace", pattern=dict(String="▁"), content=" "), dict(type="ByteFallback"), dict(type="Fuse"),
                 *([dict(type="Strip", content=" ", start=1, stop=0)] if tok.strip else [])]
     decoder = {"bytes": dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False),
-               "##": dict(type="WordPiece", prefix=getattr(model, "prefix", ""), cleanup=False), "": None,
+               "##": dict(type="WordPiece", prefix=getattr(model, "prefix", ""), cleanup=False), " ": None,
+               "##tidy": dict(type="WordPiece", prefix=getattr(model, "prefix", ""), cleanup=True),
                "_": dict(type="Metaspace", replacement="_", prepend_scheme="always", split=True),
                "</w>": dict(type="BPEDecoder", suffix="</w>"), "▁": dict(type="Sequence", decoders=fallback)}[tok.spelling]
     sequence = lambda steps, key: None if not steps else steps[0] if len(steps) == 1 else {"type": "Sequence", key: steps}
@@ -2163,11 +2214,15 @@ KNOWN_RANKS = {50256: "gpt2", 50257: "gpt2", 50280: "gpt2", 100256: "cl100k", 12
                200000: "o200k"}      # rank files hold no pattern: these numbers of ranks give them away
 
 
+NFC = [dict(type="NFC")]
+
+
 def read_ranks(path, raw, pattern):
     """A .tiktoken file: lines of 'base64 rank'."""
     pairs = [line.split() for line in raw.splitlines() if line]
     ranks = {base64.b64decode(token.rstrip(b"=") + b"=="): int(rank) for token, rank in pairs}
-    return byte_bpe(ranks, pattern or KNOWN_RANKS.get(len(ranks), "cl100k"))
+    tok = byte_bpe(ranks, pattern or KNOWN_RANKS.get(len(ranks), "cl100k"))
+    return tok if KNOWN_RANKS.get(len(ranks)) != "qwen2" else Tokenizer(tok.model, NFC, tok.cut, tok.added)      # as its owner does
 
 
 def byte_bpe(ranks, pattern, special=(), merges=None):
@@ -2232,7 +2287,8 @@ def read_sentencepiece(path, raw):
         if bad:
             raise UsageError(f"{path}: {what} is not read here; train the model without it")
     kinds = {i: kind for i, (_, _, kind) in enumerate(pieces)}
-    added = [dict(id=i, content=text, special=True) for i, (text, _, kind) in enumerate(pieces) if kind in (CONTROL, UNKNOWN)]
+    added = [dict(id=i, content=text, special=True, **(dict(surface=trainer["unk_surface"]) if kind == UNKNOWN else {}))
+             for i, (text, _, kind) in enumerate(pieces) if kind in (CONTROL, UNKNOWN)]
     unk, users, cut = next(text for text, _, kind in pieces if kind == UNKNOWN), [text for text, _, kind in pieces if kind == USER_DEFINED], []
     if bpe:
         vocab = {text: i for i, (text, _, kind) in enumerate(pieces) if kind != CONTROL}
@@ -2291,7 +2347,8 @@ def word_symbols(token, end="</w>"):
 
 
 def sennrich_cut(glossaries=()):
-    return [dict(type="Split", pattern=dict(Regex=LINE_WORDS), behavior="Removed", invert=True), *(each for g in glossaries for each in split_steps(g))]
+    return [dict(type="Split", pattern=dict(Regex=LINE_WORDS), behavior="Removed", invert=True),
+            *(dict(type="Split", pattern=dict(Regex=glossary), behavior="Isolated", invert=False) for glossary in glossaries)]
 
 
 def sennrich(vocab, merges, special=()):
@@ -2332,10 +2389,16 @@ def load(path_or_name, pattern=""):
         path = found[0]
     if path.is_file():
         try:
-            return read_any(path, path.read_bytes(), pattern)
+            tok = read_any(path, path.read_bytes(), pattern)
+            ids = [*tok.model.vocab.values(), *(token["id"] for token in tok.added)]
+            if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(tok.model.vocab.values())) < len(tok.model.vocab):
+                raise ValueError("ids must be different whole numbers from 0 on")
+            tok.decode(tok.encode_reference("a b"))              # what is missing shows here, not in the middle of work
+            return tok
         except UsageError as error:
             raise error if str(path) in str(error) else UsageError(f"{path}: {error}") from None
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError, StopIteration, RecursionError, EOFError, OSError, struct.error) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, StopIteration, RecursionError, EOFError, OSError,
+                OverflowError, struct.error, zlib.error) as error:
             raise UsageError(f"{path}: not a whole vocabulary file ({type(error).__name__}: {error}); copy or save it again") from None
     if str(path_or_name) in tiktoken.list_encoding_names():
         try:
@@ -2372,21 +2435,25 @@ def write_hf(tok):
 
 
 def write_ranks(tok):
-    if not (tok.model.byte_level and tok.model.joined) or tok.normalizer:
-        raise UsageError("only byte-level BPE without a normaliser can be written as .tiktoken ranks, with its merges in the order of its ids")
-    return b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in sorted(tok.model.vocab.items(), key=lambda item: item[1]))
+    if not tok.core or tok.normalizer not in ([], NFC):
+        raise UsageError("only byte-level BPE that tiktoken itself can do can be written as .tiktoken ranks: one pattern that covers any text, "
+                         "no normaliser, merges in the order of their ids; write it with --to hf")
+    return b"".join((base64.b64encode(token) or b"=") + b" %d\n" % i for token, i in sorted(tok.model.vocab.items(), key=lambda item: item[1]))
 
 
 def write_codes(tok):
-    if not (isinstance(tok.model, BPE) and tok.model.end == "</w>" and tok.model.merges is not None):
-        raise UsageError("only BPE with </w> (train --model=bpe) has subword-nmt codes")
+    if not (isinstance(tok.model, BPE) and tok.model.end == "</w>") or tok.normalizer or tok.cut != sennrich_cut():
+        raise UsageError("only BPE with </w> as --model=bpe trains it, without --normalizer and --pattern, has subword-nmt codes")
     return "".join(["#version: 0.2\n", *(f"{a} {b}\n" for a, b in tok.model.merges)]).encode("utf-8")
 
 
 def write_vocab_txt(tok):
-    if not isinstance(tok.model, WordPiece) or sorted(tok.pieces) != [*range(tok.n_vocab)]:
-        raise UsageError("only a WordPiece vocabulary with ids from 0 on without gaps can be written as vocab.txt")
-    return "".join(f"{tok.pieces[i]}\n" for i in range(tok.n_vocab)).encode("utf-8")
+    raw = "".join(f"{tok.pieces.get(i)}\n" for i in range(tok.n_vocab)).encode("utf-8")
+    back = read_vocab_txt("vocab.txt", raw) if isinstance(tok.model, WordPiece) and sorted(tok.pieces) == [*range(tok.n_vocab)] else None
+    if not back or (back.normalizer, back.cut, back.special) != (tok.normalizer, tok.cut, tok.special):
+        raise UsageError("only WordPiece with BERT's normaliser and words can be written as vocab.txt: ids from 0 on without gaps, special tokens "
+                         "named like [CLS] or <s>, capitals kept or not as the tokens say")
+    return raw
 
 
 def write_sentencepiece(tok):
@@ -2394,11 +2461,13 @@ def write_sentencepiece(tok):
     model, kinds = tok.model, [step["type"] for step in tok.normalizer]
     charsmap = next((base64.b64decode(step["precompiled_charsmap"]) for step in tok.normalizer if step["type"] == "Precompiled"), b"")
     dummy, squeeze = "Prepend" in kinds, any(step.get("pattern") == dict(Regex=SQUEEZE) for step in tok.normalizer)
-    if tok.spelling != "▁" or tok.normalizer != sentencepiece_steps(charsmap, dummy, squeeze) or isinstance(model, BPE) and model.merges is not None:
+    parts = [part for step in tok.cut for part in regex.split(r"(?<!\\)\|", step["pattern"]["Regex"] if step["type"] == "Split" else "")]
+    names = {re.sub(r"\\(.)", r"\1", part) for part in parts}
+    if tok.spelling != "▁" or not names <= model.vocab.keys() or tok.normalizer != sentencepiece_steps(charsmap, dummy, squeeze) or isinstance(model, BPE) and model.merges is not None:
         raise UsageError("only Unigram and BPE trained in SentencePiece's way (train --model=unigram, or bpe with --style=sp) can be written "
                          "as a SentencePiece .model; this tokenizer cuts or normalises text differently")
     score = dict(model.pieces) if isinstance(model, Unigram) else {token: -float(rank) for token, rank in model.rank.items()}
-    users = set(model.users if isinstance(model, Unigram) else ()) | {model.vocab[u] for step in tok.cut for u in regex.split(r"(?<!\\)\|", step["pattern"]["Regex"]) if u in model.vocab}
+    users = set(model.users if isinstance(model, Unigram) else ()) | {model.vocab[name] for name in names}
     kind = lambda i, text: (UNKNOWN if text == model.unk else CONTROL if text in tok.special else USER_DEFINED if i in users else
                             BYTE if model.byte_fallback and regex.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL)
     pieces = [(tok.pieces[i], score.get(tok.pieces[i], -1e4 - i), kind(i, tok.pieces[i])) for i in range(tok.n_vocab)]
@@ -2422,10 +2491,13 @@ def save(tok, path, to="hf"):
     """Write PATH (a file where it has the usual ending, else a folder); whole or not at all."""
     write, name = WRITERS[to]
     path = Path(path)
-    file = path if path.suffix == Path(name).suffix and not path.is_dir() else path / name
+    file = path if path.suffix and not path.is_dir() else path / name
     raw = write(tok)
-    with atomic_write(file) as out:
-        out.write(raw)
+    try:
+        with atomic_write(file) as out:
+            out.write(raw)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written ({error.strerror}); name another --out") from None
     return file
 
 
@@ -2521,6 +2593,12 @@ def train(texts, model="bbpe", vocab_size=32_000, *, pattern="", special=(), tie
     style = style or KINDS[model][0][0]
     if style not in KINDS[model][0]:
         raise UsageError(f"--style={style} is not a style of --model={model}; use one of {KINDS[model][0]}")
+    ignored = dict(unigram=("min_frequency", "max_token_length"), wordpiece=("max_token_length",)).get(model, ())
+    for name, value in (("min_frequency", min_frequency), ("max_token_length", max_token_length)):
+        if value and name in ignored or value < 0:
+            raise UsageError(f"--{name}={value}: " + ("not below 0" if value < 0 else f"--model={model} has no such limit; leave it out"))
+    if not 0 <= character_coverage <= 1:
+        raise UsageError(f"--character_coverage={character_coverage} is out of range; use a share such as 0.9995, at most 1")
     steps, cut = blueprint(model, pattern, normalizer, style)
     if model == "bbpe" and vocab_size < 256:
         raise UsageError(f"--vocab_size={vocab_size} is smaller than the 256 bytes every text is made of; use 256 or more")
@@ -2637,6 +2715,10 @@ def bench_command(args):
         peers["sentencepiece"].SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=io.BytesIO(), vocab_size=4000,
                                                           minloglevel=2, hard_vocab_limit=False, normalization_rule_name="nmt_nfkc")
 
+    def subword_nmt():
+        with contextlib.redirect_stderr(io.StringIO()):          # its progress bar
+            peers["subword_nmt.learn_bpe"].learn_bpe(lines, io.StringIO(), 3000)
+
     ready = lambda work: lambda: work
     groups = {
         f"train BBPE {args.vocab_size}": {
@@ -2647,7 +2729,7 @@ def bench_command(args):
             "tokenizers": hugging_face_encode, "tiktoken": lambda: lambda: [tok.core.encode_ordinary(text) for text in texts()],
             "ours": lambda: lambda: [tok.encode(text) for text in texts()], "ours, plain Python": lambda: lambda: [tok.encode_reference(text) for text in texts()]},
         f"train BPE </w>, {sum(map(len, lines)) / 1e6:.1f} MB, 3000 merges": {
-            "subword_nmt.learn_bpe": ready(lambda: peers["subword_nmt.learn_bpe"].learn_bpe(lines, io.StringIO(), 3000)),
+            "subword_nmt.learn_bpe": ready(subword_nmt),
             "ours": ready(lambda: train(iter(lines), "bpe", 3000 + len({*"".join(lines)}), tie="lex", min_frequency=2))},
         f"train Unigram 4000, {sum(map(len, lines)) / 1e6:.1f} MB": {
             "sentencepiece": ready(sentencepiece), "ours": ready(lambda: train(iter(lines), "unigram", 4000, byte_fallback=False))},
@@ -2764,6 +2846,10 @@ def train_command(args):
     start, report = time.perf_counter(), Counter()
     if Path(args.out).is_file():
         raise UsageError(f"--out={args.out} is a file; name a folder for tokenizer.json")
+    home = next(folder for folder in (Path(args.out), *Path(args.out).absolute().parents) if folder.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise UsageError(f"--out={args.out} cannot be written; name a folder that can")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that worker processes are ended, too
     total = sum(os.path.getsize(path) for path in input_files(args.input) if path != "-")
     texts = (document["text"] for document in documents(args.input, report))
     options = {key: value for key, value in vars(args).items() if key not in ("command", "input", "out", "workers", "model", "vocab_size")}
@@ -2813,7 +2899,7 @@ def encode_command(args):
             lead, trail = (len(line) - len(strip("\r\n ")) for strip in (line.lstrip, line.rstrip)) if tok.model.end else (0, 0)
             print(line[:lead] + " ".join(pieces_of(tok, line)) + line[len(line) - trail:] * (lead < len(line)))
         elif args.engine == "python":
-            print(*tok.encode_reference(line))
+            print(*tok.encode_reference(line.encode("utf-8", "surrogateescape")))
         else:
             print(*tok.encode(line.encode("utf-8", "surrogateescape"), rng=draw, **sampling))
 
@@ -2824,7 +2910,7 @@ def decode_command(args):
         try:
             raw = tok.decode_bytes(list(map(int, line.split())))
         except ValueError as error:
-            raise UsageError(f"line {number}: {error}; expected ids separated by spaces") from None
+            raise UsageError(f"line {number}: {error}" + "; expected ids separated by spaces" * (not isinstance(error, UsageError))) from None
         sys.stdout.buffer.write(raw + b"\n")
 
 
