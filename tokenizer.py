@@ -584,6 +584,9 @@ def compiled(pattern):
         raise UsageError(f"--pattern={pattern}: neither one of {list(PATTERNS)} nor a regular expression ({error})") from None
 
 
+BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)      # the model is over bytes
+
+
 def split_steps(pattern):
     """The cutting steps of a pattern: a name in PATTERNS or a regular expression."""
     found = PATTERNS.get(pattern, pattern)
@@ -2230,7 +2233,7 @@ def byte_bpe(ranks, pattern, special=(), merges=None):
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
         raise UsageError(f"a byte-level vocabulary must hold all 256 bytes; missing {missing[:8]}")
-    cut = [*split_steps(pattern), dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)]
+    cut = [*split_steps(pattern), BYTE_LEVEL]
     added = [dict(id=i, content=name, special=True) for name, i in special.items()] if isinstance(special, dict) else []
     tok = Tokenizer(BPE(ranks, merges, byte_level=True, ignore_merges=merges is None), (), cut, added)
     return tok if added else tok.with_special(special)
@@ -2351,10 +2354,9 @@ def sennrich_cut(glossaries=()):
             *(dict(type="Split", pattern=dict(Regex=glossary), behavior="Isolated", invert=False) for glossary in glossaries)]
 
 
-def sennrich(vocab, merges, special=()):
-    tok = Tokenizer(BPE(vocab, merges, end="</w>", unk="<unk>"), (), sennrich_cut(), [dict(id=vocab["<unk>"], content="<unk>", special=True)],
-                    "</w>", "right")
-    return tok.with_special(special)
+def sennrich(vocab, merges, steps=(), cut=()):
+    return Tokenizer(BPE(vocab, merges, end="</w>", unk="<unk>"), steps, cut or sennrich_cut(), [dict(id=vocab["<unk>"], content="<unk>", special=True)],
+                     "</w>", "right")
 
 
 def limit(tok, vocabulary="", threshold=0, glossaries=()):
@@ -2516,14 +2518,6 @@ STEPS = {                            # --normalizer: those that are a step of th
     "nfc": dict(type="NFC"), "nfkc": dict(type="NFKC"), "lower": dict(type="Lowercase"),
     "bert": dict(type="BertNormalizer", clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True),
 }
-KINDS = {                            # --model: its styles (the first is the default), its normaliser
-    "bbpe": (["bytes"], []),
-    "bpe": (["</w>", "sp"], []),
-    "wordpiece": (["##", "_"], ["bert"]),
-    "unigram": (["sp"], ["nmt_nfkc"]),
-}
-
-
 def one_table(names):
     """The maps of several normalisers as one, in their order."""
     table = {}
@@ -2536,22 +2530,16 @@ def one_table(names):
     return table
 
 
-def table_step(table):
-    return dict(type="Precompiled", precompiled_charsmap=base64.b64encode(write_charsmap(table)).decode(), longest_match=True)
-
-
-def blueprint(model, pattern, normalizer, style):
+def blueprint(model, style, pattern, normalizer):
     """(normaliser, cut) for a tokenizer to be trained."""
-    names = [name for name in (normalizer or (KINDS["unigram"][1] if style == "sp" else KINDS[model][1])) if name != "none"]
+    names = [name for name in normalizer or {"sp": ["nmt_nfkc"], "##": ["bert"], "_": ["bert"]}.get(style, []) if name != "none"]
     if style == "sp":
-        table = one_table(names)
-        return sentencepiece_steps(write_charsmap(table), True, bool(names)), split_steps(pattern) if pattern else []
-    steps = [STEPS[name] if name in STEPS else table_step(one_table([name])) for name in names]
+        return sentencepiece_steps(write_charsmap(one_table(names)), True, bool(names)), split_steps(pattern) if pattern else []
+    table = lambda name: base64.b64encode(write_charsmap(TABLES[name]())).decode()
+    steps = [STEPS.get(name) or dict(type="Precompiled", precompiled_charsmap=table(name), longest_match=True) for name in names]
     if model == "bbpe":
-        return steps, [*split_steps(pattern or "cl100k"), dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)]
-    if pattern:
-        return steps, split_steps(pattern)
-    return steps, sennrich_cut() if model == "bpe" else wordpiece_cut(style)
+        return steps, [*split_steps(pattern or "cl100k"), BYTE_LEVEL]
+    return steps, split_steps(pattern) if pattern else sennrich_cut() if model == "bpe" else wordpiece_cut(style)
 
 
 def alphabet_of(words, coverage):
@@ -2584,82 +2572,99 @@ def symbols_of(words, mark_ends):
     return flat.astype(np.int32), [chr(code & 0x1FFFFF) + "</w>" * (code >> 21) for code in unique.tolist()]
 
 
+def check_room(size, alphabet):
+    if size < len(alphabet):
+        raise UsageError(f"--vocab_size={size} is smaller than the {len(alphabet)} bytes and characters that this text is made of; use "
+                         f"{len(alphabet)} or more" + ", or a smaller --character_coverage" * (len(alphabet) > 256))
+    return size - len(alphabet)
+
+
+def learn_bytes(words, size, steps, cut, tie="hf", **limits):
+    """Byte-level BPE. The base ids are the bytes in GPT-2's order (tie hf) or by value."""
+    order = list(byte_alphabet()) if tie == "hf" else list(range(256))
+    raw, spelled = [word.encode("utf-8", "surrogateescape") for word in words], [bytes([b]) for b in order]
+    lengths, counts = np.array([*map(len, raw)], np.int64), np.fromiter(words.values(), np.int64, len(words))
+    symbols = np.argsort(order).astype(np.int32)[np.frombuffer(b"".join(raw), np.uint8)]
+    del raw
+    pairs = learn_merges(symbols, lengths, counts, spelled, check_room(size, order), tie, **limits)
+    merges = [(spelled[a], spelled[b]) for a, b in pairs]
+    return Tokenizer(BPE({token: i for i, token in enumerate(spelled)}, merges, byte_level=True), steps, cut)
+
+
+def learn_characters(words, size, steps, cut, style, fallback=(), letters=None, **limits):
+    """BPE over characters: Sennrich's with </w>, or SentencePiece's, whose vocabulary has the letters last."""
+    words = within(words, letters) if letters else words
+    symbols, base = symbols_of(words, style == "</w>")
+    spelled, room = list(base), check_room(size, [*fallback, *(letters or base)])
+    lengths, counts = np.array([*map(len, words)], np.int64), np.fromiter(words.values(), np.int64, len(words))
+    merges = [(spelled[a], spelled[b]) for a, b in learn_merges(symbols, lengths, counts, spelled, room, **limits)]
+    if style == "</w>":
+        return sennrich({token: i for i, token in enumerate(["<unk>", *spelled])}, merges, steps, cut)
+    order = [*spelled[len(base):], *letters]
+    vocab = {token: i for i, token in enumerate(["<unk>", *fallback, *order])}
+    core = BPE(vocab, None, {token: i for i, token in enumerate(order)}, unk="<unk>", byte_fallback=bool(fallback), fuse_unk=True)
+    return sentencepiece(core, steps, cut)
+
+
+def learn_wordpieces(words, size, steps, cut, style, letters, min_frequency=0, progress=None, **_):
+    words, mark = within({word: n for word, n in words.items() if len(word) <= 100}, letters), style * (style == "##")
+    first = {word[0] for word in words}
+    alphabet = sorted(first) + sorted({mark + c for word in words for c in word[1:]} - first)
+    check_room(size, alphabet)
+    vocab = ["[UNK]", *learn_wordpiece(words, size, alphabet, mark, min_frequency, progress)]
+    return Tokenizer(WordPiece({token: i for i, token in enumerate(vocab)}, "[UNK]", mark), steps, cut,
+                     [dict(id=0, content="[UNK]", special=True)], style, "left")
+
+
+def learn_unigram(words, size, steps, cut, style, fallback, letters, progress=None, **_):
+    check_room(size, [*fallback, *letters])
+    pieces = [(token, 0.0) for token in ("<unk>", *fallback)]
+    pieces += train_unigram(within(words, letters), size - len(fallback), letters, progress=progress)
+    return sentencepiece(Unigram(pieces, 0, bool(fallback), never=range(1 + len(fallback)), single=True), steps, cut)
+
+
+def sentencepiece(core, steps, cut):
+    return Tokenizer(core, steps, cut, [dict(id=0, content="<unk>", special=True)], "▁", "left").with_special(["<s>", "</s>"])
+
+
+KINDS = {                            # --model: who learns it, in each --style, the first being the default
+    "bbpe": {"bytes": learn_bytes},
+    "bpe": {"</w>": learn_characters, "sp": learn_characters},
+    "wordpiece": {"##": learn_wordpieces, "_": learn_wordpieces},
+    "unigram": {"sp": learn_unigram},
+}
+
+
 def train(texts, model="bbpe", vocab_size=32_000, *, pattern="", special=(), tie="hf", min_frequency=0, max_token_length=0,
           normalizer=(), style="", character_coverage=0.0, byte_fallback=True, workers=1, progress=None):
     """Learn a tokenizer from texts (an iterable of str, read once, never held). Returns (tokenizer, {word: count}).
 
     vocab_size counts the base alphabet but no special tokens: those (`special`, and <unk> where the model has one) come on
     top. A corpus that cannot fill the vocabulary gives a smaller one. UsageError where the alphabet alone is larger."""
-    style = style or KINDS[model][0][0]
-    if style not in KINDS[model][0]:
-        raise UsageError(f"--style={style} is not a style of --model={model}; use one of {KINDS[model][0]}")
-    ignored = dict(unigram=("min_frequency", "max_token_length"), wordpiece=("max_token_length",)).get(model, ())
-    for name, value in (("min_frequency", min_frequency), ("max_token_length", max_token_length)):
-        if value and name in ignored or value < 0:
-            raise UsageError(f"--{name}={value}: " + ("not below 0" if value < 0 else f"--model={model} has no such limit; leave it out"))
+    style = style or next(iter(KINDS[model]))
+    if style not in KINDS[model]:
+        raise UsageError(f"--style={style} is not a style of --model={model}; use one of {list(KINDS[model])}")
+    limits = dict(tie=tie, min_frequency=min_frequency, max_token_length=max_token_length)
+    unused = dict(unigram=("min_frequency", "max_token_length"), wordpiece=("max_token_length",)).get(model, ())
+    for name in ("min_frequency", "max_token_length"):
+        if limits[name] and name in unused or limits[name] < 0:
+            raise UsageError(f"--{name}={limits[name]}: " + ("use 0 or more" if limits[name] < 0 else f"--model={model} has no such limit; leave it out"))
     if not 0 <= character_coverage <= 1:
         raise UsageError(f"--character_coverage={character_coverage} is out of range; use a share such as 0.9995, at most 1")
-    steps, cut = blueprint(model, pattern, normalizer, style)
-    if model == "bbpe" and vocab_size < 256:
-        raise UsageError(f"--vocab_size={vocab_size} is smaller than the 256 bytes every text is made of; use 256 or more")
-    words = count_words(texts, steps, cut, style == "sp", workers, progress)
+    if model == "bbpe":
+        check_room(vocab_size, range(256))
+    steps, cut = blueprint(model, style, pattern, normalizer)
+    words = count_words(map(clean_surrogates, texts), steps, cut, style == "sp", workers, progress)
     if not words:
         raise UsageError("the input holds no text; give files with some")
-    limits = dict(tie=tie, min_frequency=min_frequency, max_token_length=max_token_length, progress=progress)
-    if model == "bbpe":
-        return train_bbpe(words, vocab_size, steps, cut, special, **limits), words
-    coverage = character_coverage or (0.9995 if style == "sp" else 1.0)
-    fallback = [f"<0x{b:02X}>" for b in range(256)] if style == "sp" and byte_fallback else []
-    if fallback:
-        words.pop("\n", None)                                    # a line break is the piece <0x0A>
-    letters = None if style == "</w>" else alphabet_of(words, coverage)
-    room = vocab_size - len(fallback)
-    if model == "wordpiece":
-        words = within({word: n for word, n in words.items() if len(word) <= 100}, letters)
-        mark = "##" if style == "##" else ""
-        letters = sorted({word[0] for word in words}) + sorted({mark + c for word in words for c in word[1:]} - {word[0] for word in words})
-    if model == "bpe":
-        words = words if style == "</w>" else within(words, letters)
-        flat, by_id = symbols_of(words, style == "</w>")
-        letters = by_id if style == "</w>" else letters
-    if room < len(letters):
-        raise UsageError(f"--vocab_size={vocab_size} is smaller than the {len(letters) + len(fallback)} characters and bytes of this text; "
-                         f"use more, or a smaller --character_coverage than {coverage}")
-    if model == "wordpiece":
-        vocab = learn_wordpiece(words, room, letters, mark, min_frequency, progress)
-        tok = Tokenizer(WordPiece({"[UNK]": 0} | {token: i + 1 for token, i in vocab.items()}, "[UNK]", mark), steps, cut,
-                        [dict(id=0, content="[UNK]", special=True)], style, "left")
-    elif model == "unigram":
-        pieces = [(token, 0.0) for token in ("<unk>", *fallback)] + train_unigram(within(words, letters), room, letters, progress=progress)
-        core = Unigram(pieces, 0, bool(fallback), never=range(1 + len(fallback)), single=True)
-        tok = Tokenizer(core, steps, cut, [dict(id=0, content="<unk>", special=True)], "▁", "left").with_special(["<s>", "</s>"])
-    else:
-        spelled = list(by_id)
-        pairs = learn_merges(flat, np.array([len(word) for word in words], np.int64), np.fromiter(words.values(), np.int64, len(words)),
-                             spelled, room - len(letters), **limits)
-        merges = [(spelled[a], spelled[b]) for a, b in pairs]
-        if style == "</w>":
-            tok = sennrich({token: i for i, token in enumerate(["<unk>", *spelled])}, merges)
-        else:
-            order = [*spelled[len(by_id):], *letters]
-            vocab = {token: i for i, token in enumerate(["<unk>", *fallback, *order])}
-            core = BPE(vocab, None, {token: i for i, token in enumerate(order)}, unk="<unk>", byte_fallback=bool(fallback), fuse_unk=True)
-            tok = Tokenizer(core, steps, cut, [dict(id=0, content="<unk>", special=True)], "▁", "left").with_special(["<s>", "</s>"])
+    if model != "bbpe":
+        limits |= dict(style=style, fallback=[f"<0x{b:02X}>" for b in range(256)] if style == "sp" and byte_fallback else [])
+        if limits["fallback"]:
+            words.pop("\n", None)                                # a line break is the piece <0x0A>
+        if style != "</w>":
+            limits["letters"] = alphabet_of(words, character_coverage or (0.9995 if style == "sp" else 1.0))
+    tok = KINDS[model][style](words, vocab_size, steps, cut, progress=progress, **limits)
     return tok.with_special(special), words
-
-
-def train_bbpe(words, vocab_size, steps, cut, special=(), **limits):
-    """Byte-level BPE from {word: count}. Base ids are the bytes in GPT-2's order (tie hf) or by value."""
-    order = list(byte_alphabet()) if limits.get("tie", "hf") == "hf" else list(range(256))
-    id_of_byte, spelled = np.argsort(order).astype(np.int32), [bytes([b]) for b in order]
-    raw = [word if isinstance(word, bytes) else word.encode("utf-8", "surrogateescape") for word in words]
-    lengths = np.array([len(word) for word in raw], np.int64)
-    counts = np.fromiter(words.values(), np.int64, len(words))
-    flat = id_of_byte[np.frombuffer(b"".join(raw), np.uint8)]
-    del raw
-    pairs = learn_merges(flat, lengths, counts, spelled, vocab_size - 256, **limits)
-    merges = [(spelled[a], spelled[b]) for a, b in pairs]
-    return Tokenizer(BPE({token: i for i, token in enumerate(spelled)}, merges, byte_level=True), steps, cut).with_special(special)
 
 
 # ---- Bench (how fast, next to the libraries that do the same?) ----
@@ -2797,7 +2802,7 @@ def parser():
     cmd.add_argument("--min_frequency", type=integer, default=0, help="merge no pair seen less often")
     cmd.add_argument("--max_token_length", type=integer, default=0, help="longest token, in bytes or characters; 0: any")
     cmd.add_argument("--normalizer", nargs="+", default=[], choices=["none", *dict.fromkeys([*STEPS, *TABLES])], help="what to do to text first")
-    cmd.add_argument("--style", default="", choices=list(dict.fromkeys(s for styles, _ in KINDS.values() for s in styles)), help="bpe: </w> or sp (SentencePiece); wordpiece: ## or _")
+    cmd.add_argument("--style", default="", choices=list(dict.fromkeys(style for styles in KINDS.values() for style in styles)), help="bpe: </w> or sp (SentencePiece); wordpiece: ## or _")
     cmd.add_argument("--character_coverage", type=number, default=0.0, help="share of the characters that get a token (sp: 0.9995, else 1)")
     cmd.add_argument("--byte_fallback", type=truth, default=True, help="sp: unknown characters become bytes, not <unk>")
     cmd.add_argument("--special", nargs="+", default=[], help=f"special tokens, on the ids after all others: names, roles ({', '.join(ROLES)}), sentinels=N")

@@ -99,7 +99,7 @@ def test_training_equals_the_slow_algorithm(seed, monkeypatch):
 
 
 def test_counts_beyond_32_bits():
-    tok = T.train_bbpe(Counter({"ab": 2**40, "cd": 2**40 + 1}), 257, [], [])
+    tok = T.learn_bytes(Counter({"ab": 2**40, "cd": 2**40 + 1}), 257, [], [])
     assert list(tok.model.vocab)[-1] == b"cd"
 
 
@@ -528,6 +528,10 @@ def test_gzip_lines(tmp_path):
     (lambda p: T.train(["a"], "bbpe", 99), "256 or more"),
     (lambda p: T.train(["abc"], "wordpiece", 2), "smaller than the 3"),
     (lambda p: T.train(["abc"], "unigram", 200), "smaller than the 260"),
+    (lambda p: T.train(["abc"], "bbpe", 300, pattern="nosuch"), "--pattern=nosuch"),
+    (lambda p: T.train(["abc"], "unigram", 900, min_frequency=2), "--min_frequency"),
+    (lambda p: T.train(["abc"], "bbpe", 300, special=["a"]), "ordinary token"),
+    (lambda p: T.train([""], "bbpe", 300), "no text"),
     (lambda p: T.train(["abc"], "bpe", 9, style="##"), "--style"),
     (lambda p: T.train(["abc"], "unigram", 900, normalizer=["bert"]), "--normalizer=bert"),
     (lambda p: T.compiled("(((").findall(""), "regular expression"),
