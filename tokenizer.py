@@ -2766,11 +2766,11 @@ def demo():
         print(f"  {sample!r}: {len(sample.encode())} bytes -> {len(ids)} tokens {' '.join(tok.pieces[i] for i in ids)}")
         assert tok.decode(ids) == sample and ids == tok.encode_reference(sample)
     print(f"  a special token enters only where the caller allows it: {tok.encode('<|endoftext|>', allowed_special='all')}\n")
-    for model, size in (("bpe", 25), ("wordpiece", 25), ("unigram", 25)):
+    for model, size in (("bpe", 25), ("wordpiece", 25), ("unigram", 30)):
         tok, _ = train([text], model, size, byte_fallback=False)
         print(f"{model + ':':10s} {' '.join(pieces_of(tok, 'lowest newer'))}")
     draw = random.Random(0)
-    print("sampled:   " + " | ".join(" ".join(tok.pieces[i] for i in tok.encode("newest", alpha=0.3, rng=draw)) for _ in range(3)))
+    print("sampled:   " + " | ".join(" ".join(tok.pieces[i] for i in tok.encode("newest", alpha=0.1, rng=draw)) for _ in range(4)))
 
 
 def pieces_of(tok, text):

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import struct
@@ -481,6 +482,51 @@ def test_subword_nmt_golden(tmp_path):
     assert " ".join(T.pieces_of(T.limit(tok, tmp_path / "v", 3, ["new"]), "slower newest lowest anew")) == GOLDEN_PIECES[1]
 
 
+@pytest.mark.parametrize("pattern", [r"\w+", r"[a-z]+(?= )", r"\p{L}+|\s", r"\X", "x*"])
+def test_a_pattern_with_gaps_loses_nothing(pattern):
+    """tiktoken drops what no match holds, or does not know the expression: then it is not used."""
+    tok = T.train(["hello, world " * 9], "bbpe", 270, pattern=pattern)[0]
+    assert tok.core is None and tok.decode(tok.encode("hello, wörld! ")) == "hello, wörld! "
+
+
+def test_conversions_that_would_change_ids_are_refused():
+    for to, model, size, options in (("tiktoken", "bbpe", 300, dict(pattern="deepseek")), ("tiktoken", "bbpe", 300, dict(normalizer=["nfkc"])),
+                                     ("sentencepiece", "unigram", 400, dict(pattern="gpt2")), ("subword-nmt", "bpe", 150, dict(pattern="gpt2")),
+                                     ("subword-nmt", "bpe", 150, dict(normalizer=["nfkc"])), ("vocab.txt", "wordpiece", 150, dict(normalizer=["nfkc"])),
+                                     ("vocab.txt", "wordpiece", 150, dict(pattern="gpt2"))):
+        with pytest.raises(T.UsageError, match="only"):
+            T.WRITERS[to][0](learned(model, size, **options))
+
+
+def test_options_of_training_reach_the_tokenizer():
+    tok = learned("bpe", 150, normalizer=["lower"], pattern=r"\w+|\W")
+    assert tok.decode(tok.encode("BEST")) == "best" and tok.words("A b") == ["a", " ", "b"]
+
+
+def test_added_tokens_of_a_file():
+    """The longest of those that begin first, whatever stands around; lstrip takes the white space before it along."""
+    added = [dict(id=300 + i, content=name, special=False, **more) for i, (name, more) in enumerate(
+        [("<a>", {}), ("<a><b>", {}), ("\n\n", {}), ("<m>", dict(lstrip=True)), ("word", dict(single_word=True))])]
+    base = learned("bbpe", 256)
+    tok = T.Tokenizer(base.model, base.normalizer, base.cut, added)
+    parts = lambda text: [token["id"] if token else part for part, token in tok.sections(text)]
+    assert parts("x<a><b><a>") == ["x", 301, 300] and parts("\n\n\n") == [302, "\n"] and parts("y  <m> z") == ["y", 303, " z"]
+    assert parts("sword word") == ["sword ", 304] and tok.decode(tok.encode("x<a>\n\n")) == "x<a>\n\n"
+
+
+def test_spans_of_marks_that_were_put_in():
+    tok = learned("bpe", 420, style="sp", normalizer=["none"])
+    assert [span for _, _, span in tok.spans("\n\n")][-2:] == [(0, 1), (1, 2)] and tok.spans("\n")[0][2] == (0, 0)
+    assert [(tok.pieces[i], span) for i, _, span in tok.spans(" b")][0][1][0] == 0
+    assert [(low, high) for _, (low, high), _ in tok.spans("ß")][-2:] == [(0, 1), (1, 2)]                    # <0xC3> <0x9F>
+
+
+def test_character_maps_do_not_depend_on_the_hash_seed():
+    made = {subprocess.run([sys.executable, "-c", "import hashlib, tokenizer as T; print(hashlib.sha256(T.write_charsmap(T.nfkc_table(True))).hexdigest())"],
+                           cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True).stdout for seed in "12"}
+    assert len(made) == 1 and len(made.pop()) == 65
+
+
 def test_names_of_special_tokens():
     assert T.special_names(["eos", "sentinels=2", "<x>", "<x>"]) == ["<|endoftext|>", "<extra_id_0>", "<extra_id_1>", "<x>"]
 
@@ -630,6 +676,12 @@ def test_mistakes_on_the_command_line(tmp_path):
         code, out, err = run(*argv, stdin="999999")
         assert code == 2 and says in err and err.count("\n") == 1, (argv, err)
     assert not (tmp_path / "t2").exists()
+    (tmp_path / "s.jsonl").write_text('{"text": "a \\ud800 b"}\n' + "[" * 200_000 + "\n")
+    code, out, err = run("train", "--model=bpe", "--vocab_size=30", "--input", tmp_path / "s.jsonl", "--out", tmp_path / "t4")
+    assert code == 0 and "1 lines" in err, err
+    for argv, says in ((["--out", tmp_path / "in.txt" / "x"], "cannot be written"), (["--special", "sentinels=abc"], "sentinels=100")):
+        code, out, err = run(*train, *argv)
+        assert code == 2 and says in err and err.count("\n") == 1, err
     (tmp_path / "bad.txt").write_bytes(b"abc \xff\xfe abc")
     code, out, err = run("train", "--vocab_size=257", "--input", tmp_path / "bad.txt", "--out", tmp_path / "t3")
     assert code == 0 and "2 bytes that are not UTF-8" in err
