@@ -273,8 +273,26 @@ def clean_surrogates(text):
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def documents(paths, report):
-    """Yield every document as a dict with `text`: one a line of .jsonl / .jsonl.gz, else one a file.
+SAFE_CUT = re.compile(r"[!-~](?= )|\S\n(?=[^\s/])")            # where no pre-token reaches across; see _chunks
+
+
+def _parts(file, size):
+    """The bytes of a text file; if it is longer than `size` (not 0) in parts of about that, cut where that is safe."""
+    rest, raw = file.read(size or -1), size
+    while size and raw and len(rest) >= size:
+        end = rest[-65536:].decode("utf-8", "surrogateescape")
+        if cuts := [match.end() for match in SAFE_CUT.finditer(end)]:
+            cut = len(rest) - len(end[cuts[-1]:].encode("utf-8", "surrogateescape"))
+            yield rest[:cut]
+            rest = rest[cut:]
+        raw = file.read(size)
+        rest += raw
+    yield rest
+
+
+def documents(paths, report, part=0):
+    """Yield every document as a dict with `text`: one a line of .jsonl / .jsonl.gz, else one a file (with `part`: a file
+    of more bytes than that in several dicts, where it is enough to see the words).
 
     Nothing is fatal and nothing is silent: `report` (a Counter) counts files, documents, bad_lines, bad_bytes,
     empty documents and the files of a folder that are not text."""
@@ -284,19 +302,19 @@ def documents(paths, report):
         opened = sys.stdin.buffer if path == "-" else gzip.open(path) if path.endswith(".gz") else open(path, "rb")
         try:
             with contextlib.nullcontext(opened) if path == "-" else opened as file:
-                lines = file if suffixes == [".jsonl"] else [file.read()]
+                lines = file if suffixes == [".jsonl"] else _parts(file, part)
                 for number, raw in enumerate(lines, 1):
                     if suffixes == [".jsonl"]:
                         document = _parse_line(raw, report)
-                    elif b"\0" in raw[:4096] or Path(path).suffix in REFUSED:
+                    elif number == 1 and b"\0" in raw[:4096] or Path(path).suffix in REFUSED:
                         report["not_text"] += 1
-                        continue
+                        break
                     else:
                         document = {"text": decode_utf8(raw, report)}
                     if document is not None and not document["text"]:
                         report["empty"] += 1
                     elif document is not None:
-                        report["documents"] += 1
+                        report["documents"] += suffixes == [".jsonl"] or number == 1
                         yield document
         except (OSError, EOFError) as error:                    # EOFError: a .gz that was cut short
             raise UsageError(f"{path}: cannot be read ({error}); mend or leave out this file") from None
@@ -635,7 +653,6 @@ def step_of(table, step):
     return table[step["type"]](step)
 
 
-
 def _split(step):
     """Cut at the matches of a pattern: they are kept ("Isolated"), dropped ("Removed"), or joined to a neighbour."""
     find, invert, behavior = regex_of(step["pattern"]), step.get("invert", False), step["behavior"]
@@ -712,10 +729,11 @@ CUTS = {                             # the pre-tokenisers of tokenizer.json, eac
     "Punctuation": lambda step: split_step(PUNCTUATION, step.get("behavior", "Isolated")),
     "CharDelimiterSplit": lambda step: split_step(regex.escape(step["delimiter"]), "Removed"),
 }
+
+
 # ---- Counting (what of a corpus does a trainer need?) ----
 
 LONG, CHUNK = 1 << 20, 1 << 21       # characters: longer documents are cut where that is safe; what a worker counts at a time
-SAFE_CUT = re.compile(r"[!-~](?= )|\S\n(?=[^\s/])")
 
 
 def word_function(steps, cut, by_mark=False):
@@ -2856,9 +2874,14 @@ def train_command(args):
         raise UsageError(f"--out={args.out} cannot be written; name a folder that can")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that worker processes are ended, too
     total = sum(os.path.getsize(path) for path in input_files(args.input) if path != "-")
-    texts = (document["text"] for document in documents(args.input, report))
+    part = 0 if args.pattern and args.pattern not in PATTERNS else 1 << 24       # one's own regex may look anywhere
+    texts = (document["text"] for document in documents(args.input, report, part))
     options = {key: value for key, value in vars(args).items() if key not in ("command", "input", "out", "workers", "model", "vocab_size")}
-    tok, words = train(texts, args.model, args.vocab_size, workers=args.workers or cores(), progress=Progress(total), **options)
+    progress = Progress(total)
+    try:
+        tok, words = train(texts, args.model, args.vocab_size, workers=args.workers or cores(), progress=progress, **options)
+    finally:
+        progress.end()
     if warn_about(report):
         print(f"skipped {warn_about(report)}", file=sys.stderr)
     size = tok.n_vocab - len(tok.special)
@@ -2871,10 +2894,10 @@ def train_command(args):
 
 class Progress:
     """How far counting (in bytes of text) and merging are, with the time left: on a terminal one line rewritten, else a
-    line each ten seconds."""
+    line every ten seconds."""
 
     def __init__(self, total_bytes, out=sys.stderr):
-        self.total, self.out, self.last, self.started = total_bytes, out, 0.0, {}
+        self.total, self.out, self.last, self.started = total_bytes, out, time.monotonic(), {}
 
     def __call__(self, what, done, total=0):
         now, total = time.monotonic(), total or self.total
@@ -2883,8 +2906,14 @@ class Progress:
             return
         self.last = now
         left = f", {(now - start) * (total - done) / done:.0f} s left" if 0 < done < total else ""
-        print(f"\r\x1b[K{what} {done / max(total, 1):.0%}{left}" if self.out.isatty() else f"{what} {done / max(total, 1):.0%}{left}",
-              end="" if self.out.isatty() else "\n", file=self.out, flush=True)
+        self.say(f"{what} {min(1, done / max(total, 1)):.0%}{left}")
+
+    def say(self, line):
+        print(f"\r\x1b[K{line}" if self.out.isatty() else line, end="" if self.out.isatty() else "\n", file=self.out, flush=True)
+
+    def end(self):
+        if self.out.isatty():
+            self.say("")
 
 
 def lines_of(stream):

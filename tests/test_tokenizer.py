@@ -560,6 +560,17 @@ def test_readers_count_what_they_skip(tmp_path):
     assert "3 lines" in T.warn_about(report) and "3 bytes" in T.warn_about(report)
 
 
+@pytest.mark.parametrize("size", [1, 40, 700, 10**6])
+def test_a_long_text_in_parts_has_the_same_words(size, tmp_path):
+    raw = (TEXT * 9 + "中文\u3000 x \u00a0y\n\n z\0").encode() + b"\xff\xfe w"
+    (tmp_path / "long.txt").write_bytes(raw)
+    report, whole = Counter(), next(T.documents([tmp_path / "long.txt"], Counter()))["text"]
+    parts = [document["text"] for document in T.documents([tmp_path / "long.txt"], report, size)]
+    assert "".join(parts) == whole and dict(report) == dict(files=1, documents=1, bad_bytes=2) and (len(parts) > 1) == (size < len(raw))
+    for pattern in T.PATTERNS:
+        assert T.count_words(parts, [], T.split_steps(pattern)) == T.count_words([whole], [], T.split_steps(pattern))
+
+
 def test_gzip_lines(tmp_path):
     import gzip
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n{"text": "y"}\n'))
