@@ -2137,56 +2137,63 @@ def write_model(pieces, trainer_spec, normalizer_spec, **more):
 
 def flat(node):
     """The steps of a part of tokenizer.json: nothing, one, or a (nested) sequence of them."""
-    inside = next((node[key] for key in ("normalizers", "pretokenizers", "decoders") if key in node), None) if node else []
-    return [node] if inside is None else [step for child in inside for step in flat(child)]
+    inside = [node[key] for key in ("normalizers", "pretokenizers", "decoders") if key in node] if node else [[]]
+    return [step for child in inside[0] for step in flat(child)] if inside else [node]
 
 
-def read_hf(path, raw):
+numbered = lambda tokens: {token: i for i, token in enumerate(tokens)}
+split_at = lambda pattern, behavior="Isolated", invert=False: dict(
+    type="Split", pattern=dict(Regex=pattern), behavior=behavior, invert=invert)
+charsmap_step = lambda charsmap: dict(
+    type="Precompiled", precompiled_charsmap=base64.b64encode(charsmap).decode(), longest_match=True)
+sennrich_cut = lambda glossaries=(): [split_at(LINE_WORDS, "Removed", True), *map(split_at, glossaries)]
+GNMT_MARK = dict(type="Metaspace", replacement="_", prepend_scheme="always", split=True)
+
+
+def read_hf(path, spec):
     """tokenizer.json of Hugging Face's tokenizers: every step by its name, the model as it stands."""
-    spec = json.loads(raw)
-    model, normalizer, cut, decoder = spec["model"], *(flat(spec.get(key)) for key in ("normalizer", "pre_tokenizer", "decoder"))
+    model, *parts = spec["model"], *(flat(spec.get(key)) for key in ("normalizer", "pre_tokenizer", "decoder"))
+    (normalizer, cut, decoder), added = parts, spec.get("added_tokens") or []
     kind = model.get("type") or ("BPE" if "merges" in model else "Unigram" if "unk_id" in model else "WordPiece")
-    added = spec.get("added_tokens") or []
     byte_level = any(step["type"] == "ByteLevel" for step in cut)
     if kind == "BPE":
-        if model.get("continuing_subword_prefix"):
-            raise UsageError(f"{path}: BPE with continuing_subword_prefix={model['continuing_subword_prefix']!r} is not read here; "
+        if prefix := model.get("continuing_subword_prefix"):
+            raise UsageError(f"{path}: BPE with continuing_subword_prefix={prefix!r} is not read here; "
                              f"convert it to end_of_word_suffix or byte-level BPE")
         merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model["merges"]]
         vocab, made, names = model["vocab"], {a + b for a, b in merges}, {token["content"] for token in added}
         if byte_level:
-            vocab = {token: i for token, i in vocab.items() if len(token) == 1 or token in made or token not in names}
-            vocab, merges = {to_bytes(t): i for t, i in vocab.items()}, [(to_bytes(a), to_bytes(b)) for a, b in merges]
+            vocab = {to_bytes(t): i for t, i in vocab.items() if len(t) == 1 or t in made or t not in names}
+            merges = [(to_bytes(a), to_bytes(b)) for a, b in merges]
         ranks = {a + b: i for i, (a, b) in reversed([*enumerate(merges)])} if model.get("joined") else None
-        core = BPE(vocab, None if model.get("joined") else merges, ranks, byte_level=byte_level, end=model.get("end_of_word_suffix") or "", unk=model.get("unk_token") or "",
+        core = BPE(vocab, None if ranks is not None else merges, ranks, byte_level=byte_level,
+                   end=model.get("end_of_word_suffix") or "", unk=model.get("unk_token") or "",
                    **{key: bool(model.get(key)) for key in ("byte_fallback", "fuse_unk", "ignore_merges")})
     elif kind == "WordPiece":
-        core = WordPiece(model["vocab"], model["unk_token"], model["continuing_subword_prefix"], model.get("max_input_chars_per_word", 100))
+        core = WordPiece(model["vocab"], model["unk_token"], model["continuing_subword_prefix"],
+                         model.get("max_input_chars_per_word", 100))
     elif kind == "Unigram":
-        core = Unigram(model["vocab"], model.get("unk_id"), model.get("byte_fallback"), **{key: model.get(key, ()) for key in ("never", "users", "single")})
+        core = Unigram(model["vocab"], model.get("unk_id"), model.get("byte_fallback"),
+                       **{key: model.get(key, ()) for key in ("never", "users", "single")})
     else:
         raise UsageError(f"{path}: a model of type {kind} is not read here; BPE, WordPiece and Unigram are")
-    kinds = [step["type"] for step in decoder]
-    tidy = any(step.get("cleanup") for step in decoder)
-    spelling = ("bytes" if byte_level else "##tidy" if tidy else "##" if "WordPiece" in kinds else "</w>" if "BPEDecoder" in kinds
-                else "_" if any(step.get("replacement") == "_" for step in decoder) else "▁" if "Metaspace" in kinds or "Replace" in kinds else " ")
-    strip = {"##": "left", "##tidy": "left", "_": "left", " ": "left", "</w>": "right"}.get(spelling, "")
-    if spelling == "▁" and ("Strip" in kinds or any(
-        step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
-        for step in decoder if step["type"] == "Metaspace")):
-        strip = "left"
+    kinds = {step["type"] for step in decoder}
+    spelling = next(name for name, holds in {                    # the first that holds
+        "bytes": byte_level, "##tidy": any(step.get("cleanup") for step in decoder), "##": "WordPiece" in kinds,
+        "</w>": "BPEDecoder" in kinds, "_": any(step.get("replacement") == "_" for step in decoder),
+        "▁": kinds & {"Metaspace", "Replace"}, " ": True}.items() if holds)
+    scheme = lambda step: step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+    opens = "Strip" in kinds or any(step["type"] == "Metaspace" and scheme(step) != "never" for step in decoder)
+    strip = {"bytes": "", "</w>": "right", "▁": "left" * opens}.get(spelling, "left")
     return Tokenizer(core, normalizer, cut, added, spelling, strip)
+
+
+BYTE_OF = {character: b for b, character in byte_alphabet().items()}
 
 
 def to_bytes(token):
     """Bytes of a byte-level token as GPT-2's files write it; a token with other characters stands for itself."""
-    byte_of = byte_values()
-    return bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode("utf-8")
-
-
-@functools.cache
-def byte_values():
-    return {character: b for b, character in byte_alphabet().items()}
+    return bytes(BYTE_OF[c] for c in token) if all(c in BYTE_OF for c in token) else token.encode("utf-8")
 
 
 def show(token):
@@ -2196,258 +2203,248 @@ def show(token):
 
 def hf_json(tok):
     """The tokenizer as a tokenizer.json, which Hugging Face's tokenizers opens with the same ids."""
-    model, nothing = tok.model, dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
-    vocab = {show(token): i for token, i in model.vocab.items()}
+    model, vocab = tok.model, {show(token): i for token, i in tok.model.vocab.items()}
     if {*vocab.values(), *(token["id"] for token in tok.added)} != {*range(tok.n_vocab)}:
-        vocab |= {token["content"]: token["id"] for token in tok.added}          # ids with gaps are kept only inside the model
+        vocab |= {token["content"]: token["id"] for token in tok.added}      # ids with gaps are kept only inside the model
     if isinstance(model, BPE):
-        merges = model.merges if model.merges is not None else all_splits(model)
+        merges = model.merges
+        if merges is None:           # it knows only ranks: every cut of a token into two tokens, in the order of the ranks
+            known = model.rank.keys() | {token for token in model.vocab if len(token) == 1}
+            merges = [(token[:i], token[i:]) for token in sorted(model.rank, key=lambda t: (model.rank[t], model.vocab[t]))
+                      for i in range(1, len(token)) if token[:i] in known and token[i:] in known]
         spec = dict(type="BPE", dropout=None, unk_token=model.unk or None, continuing_subword_prefix=None,
                     end_of_word_suffix=model.end or None, fuse_unk=model.fuse_unk, byte_fallback=model.byte_fallback,
-                    ignore_merges=model.ignore_merges, joined=model.merges is None, vocab=vocab, merges=[[show(a), show(b)] for a, b in merges])
+                    ignore_merges=model.ignore_merges, joined=model.merges is None, vocab=vocab,
+                    merges=[[show(a), show(b)] for a, b in merges])
     elif isinstance(model, WordPiece):
         spec = dict(type="WordPiece", unk_token=model.unk, continuing_subword_prefix=model.prefix,
                     max_input_chars_per_word=model.max_chars, vocab=vocab)
     else:
-        spec = dict(type="Unigram", unk_id=model.unk_id, byte_fallback=model.byte_fallback, vocab=model.pieces, never=model.never,
-                    users=model.users, single=model.single)
+        spec = dict(type="Unigram", unk_id=model.unk_id, byte_fallback=model.byte_fallback, vocab=model.pieces,
+                    never=model.never, users=model.users, single=model.single)
+    sequence = lambda key, steps: None if not steps else steps[0] if len(steps) == 1 else {"type": "Sequence", key: steps}
     fallback = [dict(type="Replace", pattern=dict(String="▁"), content=" "), dict(type="ByteFallback"), dict(type="Fuse"),
                 *([dict(type="Strip", content=" ", start=1, stop=0)] if tok.strip else [])]
-    decoder = {"bytes": dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False),
-               "##": dict(type="WordPiece", prefix=getattr(model, "prefix", ""), cleanup=False), " ": None,
-               "##tidy": dict(type="WordPiece", prefix=getattr(model, "prefix", ""), cleanup=True),
-               "_": dict(type="Metaspace", replacement="_", prepend_scheme="always", split=True),
-               "</w>": dict(type="BPEDecoder", suffix="</w>"), "▁": dict(type="Sequence", decoders=fallback)}[tok.spelling]
-    sequence = lambda steps, key: None if not steps else steps[0] if len(steps) == 1 else {"type": "Sequence", key: steps}
-    return dict(version="1.0", truncation=None, padding=None, added_tokens=[nothing | token for token in tok.added],
-                normalizer=sequence(tok.normalizer, "normalizers"), pre_tokenizer=sequence(tok.cut, "pretokenizers"),
+    wordpiece = dict(type="WordPiece", prefix=getattr(model, "prefix", ""))
+    decoder = {"bytes": BYTE_LEVEL, "##": wordpiece | dict(cleanup=False), "##tidy": wordpiece | dict(cleanup=True),
+               "_": GNMT_MARK, "▁": sequence("decoders", fallback), "</w>": dict(type="BPEDecoder", suffix="</w>"),
+               " ": None}[tok.spelling]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=[plain | token for token in tok.added],
+                normalizer=sequence("normalizers", tok.normalizer), pre_tokenizer=sequence("pretokenizers", tok.cut),
                 post_processor=None, decoder=decoder, model=spec)
 
 
-def all_splits(model):
-    """Merges of a model that knows only ranks: every cut of a token into two tokens, in the order of the ranks."""
-    known = model.rank.keys() | {token for token in model.vocab if len(token) == 1}
-    return [(token[:i], token[i:]) for token in sorted(model.rank, key=lambda token: (model.rank[token], model.vocab[token]))
-            for i in range(1, len(token)) if token[:i] in known and token[i:] in known]
-
-
-KNOWN_RANKS = {50256: "gpt2", 50257: "gpt2", 50280: "gpt2", 100256: "cl100k", 128000: "llama3", 151643: "qwen2", 199998: "o200k",
-               200000: "o200k"}      # rank files hold no pattern: these numbers of ranks give them away
-
-
+KNOWN_RANKS = {50256: "gpt2", 50257: "gpt2", 50280: "gpt2", 100256: "cl100k", 128000: "llama3", 151643: "qwen2",
+               199998: "o200k", 200000: "o200k"}      # rank files hold no pattern: these numbers of ranks give them away
 NFC = [dict(type="NFC")]
 
 
 def read_ranks(path, raw, pattern):
     """A .tiktoken file: lines of 'base64 rank'."""
-    pairs = [line.split() for line in raw.splitlines() if line]
+    pairs = map(bytes.split, filter(None, raw.splitlines()))
     ranks = {base64.b64decode(token.rstrip(b"=") + b"=="): int(rank) for token, rank in pairs}
-    tok = byte_bpe(ranks, pattern or KNOWN_RANKS.get(len(ranks), "cl100k"))
-    return tok if KNOWN_RANKS.get(len(ranks)) != "qwen2" else Tokenizer(tok.model, NFC, tok.cut, tok.added)      # as its owner does
+    known = KNOWN_RANKS.get(len(ranks))
+    return byte_bpe(ranks, pattern or known or "cl100k", steps=NFC if known == "qwen2" else ())       # as its owner does
 
 
-def byte_bpe(ranks, pattern, special=(), merges=None):
+def byte_bpe(ranks, pattern, special=(), merges=None, steps=()):
     """Byte-level BPE of `ranks` {token bytes: id}, with special tokens (names, or {name: id}) past the others."""
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
         raise UsageError(f"a byte-level vocabulary must hold all 256 bytes; missing {missing[:8]}")
-    cut = [*split_steps(pattern), BYTE_LEVEL]
     added = [dict(id=i, content=name, special=True) for name, i in special.items()] if isinstance(special, dict) else []
-    tok = Tokenizer(BPE(ranks, merges, byte_level=True, ignore_merges=merges is None), (), cut, added)
-    return tok if added else tok.with_special(special)
+    core = BPE(ranks, merges, byte_level=True, ignore_merges=merges is None)
+    return Tokenizer(core, steps, [*split_steps(pattern), BYTE_LEVEL], added).with_special(() if added else special)
 
 
-def read_tekken(path, raw):
+def read_tekken(path, spec):
     """Mistral's tekken.json: ranks with the pattern beside them, the ids shifted past the special tokens."""
-    spec = json.loads(raw)
     config = spec["config"]
     shift, size = config["default_num_special_tokens"], config["default_vocab_size"]
     ranks = {base64.b64decode(token["token_bytes"]): token["rank"] + shift for token in spec["vocab"][:size - shift]}
     named = {token["token_str"]: token["rank"] for token in spec.get("special_tokens") or []}
-    named = named or dict(zip(("<unk>", "<s>", "</s>"), range(3)))
+    named = named or numbered(("<unk>", "<s>", "</s>"))
     return byte_bpe(ranks, config["pattern"], named | {f"<SPECIAL_{i}>": i for i in range(shift) if i not in named.values()})
 
 
-def read_gpt2(path, raw):
+BESIDE = {"vocab.json": "merges.txt", "merges.txt": "vocab.json", "encoder.json": "vocab.bpe", "vocab.bpe": "encoder.json"}
+
+
+def read_gpt2(path):
     """vocab.json with merges.txt beside it (encoder.json with vocab.bpe): byte-level BPE as GPT-2 has it."""
     other = path.with_name(BESIDE.get(path.name, "merges.txt"))
     if not other.is_file():
         raise UsageError(f"{path}: {other.name} must lie beside it; the one holds the ids, the other the merges")
-    vocab_path, merges_path = (path, other) if path.suffix == ".json" else (other, path)
-    vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
-    merges = [tuple(line.split(" ")) for line in merges_path.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
+    ids, lines = (file.read_text(encoding="utf-8") for file in ((path, other) if path.suffix == ".json" else (other, path)))
+    vocab = json.loads(ids)
+    merges = [tuple(line.split(" ")) for line in lines.split("\n") if line and not line.startswith("#version")]
     made = {a + b for a, b in merges}
     special = {token: i for token, i in vocab.items() if len(token) > 1 and token not in made}
     ranks = {to_bytes(t): i for t, i in vocab.items() if t not in special}
     return byte_bpe(ranks, "gpt2", special, [(to_bytes(a), to_bytes(b)) for a, b in merges])
 
 
+SQUEEZE = r"\A +| +(?![\s\S])"      # spaces at both ends of a text (^ and $ would match at every line)
+
+
 def sentencepiece_steps(charsmap, dummy_prefix, squeeze):
     """The normaliser of a SentencePiece model in the steps of tokenizer.json: the character map, spaces squeezed, one put
     before the text, all made visible. Hugging Face's step for maps works by graphemes; two NFC around it ("theirs": we
     leave them out, as our step finds what SentencePiece finds) bring it as near as it gets."""
-    replace = lambda find, content, **more: dict(type="Replace", pattern=find, content=content, **more)
-    steps = [replace(dict(String="\r"), " ", theirs=True)] if charsmap and read_charsmap(charsmap).get("\r") == " " else []
-    table = dict(type="Precompiled", precompiled_charsmap=base64.b64encode(charsmap).decode(), longest_match=True)
-    steps += [dict(type="NFC", theirs=True), table, dict(type="NFC", theirs=True)] if charsmap else []
-    steps += [replace(dict(Regex=SQUEEZE), ""), replace(dict(Regex=" {2,}"), " ")] if squeeze else []
+    replace = lambda content, **find: dict(type="Replace", pattern=find, content=content)
+    steps = [replace(" ", String="\r") | dict(theirs=True)] if charsmap and read_charsmap(charsmap).get("\r") == " " else []
+    steps += [dict(type="NFC", theirs=True), charsmap_step(charsmap), dict(type="NFC", theirs=True)] if charsmap else []
+    steps += [replace("", Regex=SQUEEZE), replace(" ", Regex=" {2,}")] if squeeze else []
     steps += [dict(type="Prepend", prepend="▁")] if dummy_prefix else []
-    return [*steps, replace(dict(String=" "), "▁"), *([replace(dict(Regex=r"▁+(?![\s\S])"), "")] if squeeze else [])]
-
-
-SQUEEZE = r"\A +| +(?![\s\S])"      # spaces at both ends of a text (^ and $ would match at every line)
+    return [*steps, replace("▁", String=" "), *([replace("", Regex=r"▁+(?![\s\S])")] if squeeze else [])]
 
 
 def read_sentencepiece(path, raw):
     """A SentencePiece .model: Unigram or BPE over text whose spaces are visible."""
     spec = read_model(raw)
     trainer, norm, pieces = spec["trainer_spec"], spec["normalizer_spec"], spec["pieces"]
-    bpe = trainer["model_type"] == 2
-    for bad, what in ((trainer["treat_whitespace_as_suffix"], "treat_whitespace_as_suffix"), (not norm["escape_whitespaces"], "escape_whitespaces=false"),
-                      (trainer["model_type"] not in (1, 2), "a model_type other than unigram and bpe"), (bpe and any(k == UNUSED for _, _, k in pieces), "an unused piece")):
-        if bad:
-            raise UsageError(f"{path}: {what} is not read here; train the model without it")
-    kinds = {i: kind for i, (_, _, kind) in enumerate(pieces)}
-    added = [dict(id=i, content=text, special=True, **(dict(surface=trainer["unk_surface"]) if kind == UNKNOWN else {}))
-             for i, (text, _, kind) in enumerate(pieces) if kind in (CONTROL, UNKNOWN)]
-    unk, users, cut = next(text for text, _, kind in pieces if kind == UNKNOWN), [text for text, _, kind in pieces if kind == USER_DEFINED], []
+    bpe, of_kind = trainer["model_type"] == 2, lambda *kinds: [i for i, piece in enumerate(pieces) if piece[2] in kinds]
+    refused = {"treat_whitespace_as_suffix": trainer["treat_whitespace_as_suffix"],
+               "escape_whitespaces=false": not norm["escape_whitespaces"],
+               "a model_type other than unigram and bpe": trainer["model_type"] not in (1, 2),
+               "an unused piece": bpe and of_kind(UNUSED)}
+    if what := next((what for what, found in refused.items() if found), ""):
+        raise UsageError(f"{path}: {what} is not read here; train the model without it")
+    users, unk = of_kind(USER_DEFINED), of_kind(UNKNOWN)[0]
+    added = [dict(id=i, content=pieces[i][0], special=True) | (dict(surface=trainer["unk_surface"]) if i == unk else {})
+             for i in of_kind(CONTROL, UNKNOWN)]
+    longest = "|".join(map(regex.escape, sorted((pieces[i][0] for i in users), key=len, reverse=True)))
     if bpe:
-        vocab = {text: i for i, (text, _, kind) in enumerate(pieces) if kind != CONTROL}
-        core = BPE(vocab, None, {text: -score for text, score, kind in pieces if kind == NORMAL}, unk=unk,
+        core = BPE({text: i for i, (text, _, kind) in enumerate(pieces) if kind != CONTROL}, None,
+                   {text: -score for text, score, kind in pieces if kind == NORMAL}, unk=pieces[unk][0],
                    byte_fallback=trainer["byte_fallback"], fuse_unk=True, ignore_merges=bool(users))
-        longest = "|".join(map(regex.escape, sorted(users, key=len, reverse=True)))
-        cut = [dict(type="Split", pattern=dict(Regex=longest), behavior="Isolated", invert=False)] if users else []
     else:
-        worth = [(text, 0.1 * (len(text.encode()) - 1) if kinds[i] == USER_DEFINED else score) for i, (text, score, _) in enumerate(pieces)]
-        core = Unigram(worth, spec["trainer_spec"]["unk_id"], trainer["byte_fallback"], single=True,
-                       never=[i for i, kind in kinds.items() if kind not in (NORMAL, USER_DEFINED)], users=[i for i in kinds if kinds[i] == USER_DEFINED])
+        worth = [(text, 0.1 * (len(text.encode()) - 1) if kind == USER_DEFINED else score) for text, score, kind in pieces]
+        core = Unigram(worth, trainer["unk_id"], trainer["byte_fallback"], single=True, users=users,
+                       never=[i for i, piece in enumerate(pieces) if piece[2] not in (NORMAL, USER_DEFINED)])
     steps = sentencepiece_steps(norm["precompiled_charsmap"], norm["add_dummy_prefix"], norm["remove_extra_whitespaces"])
-    return Tokenizer(core, steps, cut, added, "▁", "left" if norm["add_dummy_prefix"] or norm["remove_extra_whitespaces"] else "")
+    strip = "left" * (norm["add_dummy_prefix"] or norm["remove_extra_whitespaces"])
+    return Tokenizer(core, steps, [split_at(longest)] if bpe and users else [], added, "▁", strip)
+
+
+BERT = dict(type="BertNormalizer", clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True)
+WORDPIECE_CUTS = {"##": [dict(type="BertPreTokenizer")], "_": [dict(type="WhitespaceSplit"), GNMT_MARK]}
 
 
 def read_vocab_txt(path, raw):
     """vocab.txt of WordPiece: a token a line, its number the id; `##` inside words, or `_` before them. BERT's normaliser,
     in lower case unless the vocabulary knows capitals."""
-    tokens = raw.decode("utf-8").split("\n")
-    tokens = [token.rstrip("\r") for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
-    vocab = {token: i for i, token in enumerate(tokens)}
+    tokens = [token.rstrip("\r") for token in raw.decode("utf-8").removesuffix("\n").split("\n")] if raw else []
+    vocab = numbered(tokens)
     unk = next((name for name in ROLES["unk"] if name in vocab), None)
     if unk is None or len(vocab) < len(tokens):
         raise UsageError(f"{path}: not a WordPiece vocabulary: expected different tokens, a line each, one of them [UNK]")
-    added = [dict(id=i, content=token, special=True) for token, i in vocab.items() if regex.fullmatch(r"\[[A-Z]+\]|<\S+>", token)]
-    gnmt = not any(token.startswith("##") for token in tokens) and any(token.startswith("_") for token in tokens)
-    lower = not any(token != token.lower() for token in tokens if token[:1] not in "[<")
-    bert = dict(type="BertNormalizer", clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lower)
-    return Tokenizer(WordPiece(vocab, unk, "" if gnmt else "##"), [bert], wordpiece_cut("_" if gnmt else "##"), added, "_" if gnmt else "##", "left")
-
-
-def wordpiece_cut(style):
-    mark = dict(type="Metaspace", replacement="_", prepend_scheme="always", split=True)
-    return [dict(type="BertPreTokenizer")] if style == "##" else [dict(type="WhitespaceSplit"), mark]
+    named = filter(regex.compile(r"\[[A-Z]+\]|<\S+>").fullmatch, tokens)
+    added = [dict(id=vocab[token], content=token, special=True) for token in named]
+    starts = {token[:1] for token in tokens} | {token[:2] for token in tokens}
+    style = "_" if "_" in starts and "##" not in starts else "##"
+    lower = all(token == token.lower() for token in tokens if token[:1] not in "[<")
+    core = WordPiece(vocab, unk, style.replace("_", ""))
+    return Tokenizer(core, [BERT | dict(lowercase=lower)], WORDPIECE_CUTS[style], added, style, "left")
 
 
 def read_codes(path, raw):
     """Merges of subword-nmt ('#version: 0.2', then a pair a line). It knows no ids: they count its symbols as they come,
     after <unk>."""
-    lines = raw.decode("utf-8").split("\n")
-    version = lines[0].removeprefix("#version:").strip()
-    if not lines[0].startswith("#version:") or version != "0.2":
-        raise UsageError(f"{path}: expected subword-nmt codes that begin with '#version: 0.2', not {lines[0][:40]!r}")
-    merges = [tuple(line.strip("\r ").split(" ")) for line in lines[1:] if line.strip("\r ")]
-    wrong = next((number for number, pair in enumerate(merges, 2) if len(pair) != 2), None)
-    if wrong:
+    first, *lines = raw.decode("utf-8").split("\n")
+    if not first.startswith("#version:") or first.removeprefix("#version:").strip() != "0.2":
+        raise UsageError(f"{path}: expected subword-nmt codes that begin with '#version: 0.2', not {first[:40]!r}")
+    merges = [tuple(line.split(" ")) for line in (line.strip("\r ") for line in lines) if line]
+    if wrong := next((number for number, pair in enumerate(merges, 2) if len(pair) != 2), None):
         raise UsageError(f"{path}: line {wrong} is not a pair of symbols; the file is damaged")
-    symbols = dict.fromkeys(["<unk>", *(c for pair in merges for token in pair for c in word_symbols(token)), *(a + b for a, b in merges)])
-    return sennrich({symbol: i for i, symbol in enumerate(symbols)}, merges)
-
-
-def word_symbols(token, end="</w>"):
-    """The characters of a token, its end of word on the last one."""
-    body = token.removesuffix(end)
-    return [*body[:-1], body[-1:] + end] if token.endswith(end) and body else [*body]
-
-
-def sennrich_cut(glossaries=()):
-    return [dict(type="Split", pattern=dict(Regex=LINE_WORDS), behavior="Removed", invert=True),
-            *(dict(type="Split", pattern=dict(Regex=glossary), behavior="Isolated", invert=False) for glossary in glossaries)]
+    symbols = ["<unk>"]
+    for token in itertools.chain(*merges):                       # its characters, the end of a word on the last one
+        body = token.removesuffix("</w>")
+        symbols += [*body[:-1], body[-1:] + token[len(body):]] if body else []
+    return sennrich(numbered(dict.fromkeys([*symbols, *(a + b for a, b in merges)])), merges)
 
 
 def sennrich(vocab, merges, steps=(), cut=()):
-    return Tokenizer(BPE(vocab, merges, end="</w>", unk="<unk>"), steps, cut or sennrich_cut(), [dict(id=vocab["<unk>"], content="<unk>", special=True)],
-                     "</w>", "right")
+    core, unk = BPE(vocab, merges, end="</w>", unk="<unk>"), dict(id=vocab["<unk>"], content="<unk>", special=True)
+    return Tokenizer(core, steps, cut or sennrich_cut(), [unk], "</w>", "right")
 
 
 def limit(tok, vocabulary="", threshold=0, glossaries=()):
     """The tokenizer under subword-nmt's options: only pieces listed in the file `vocabulary` (lines of 'piece count') with a
     count of `threshold` or more, others go back to what they were merged from; words that match a glossary stay whole."""
     if not isinstance(tok.model, BPE) or tok.model.end != "</w>":
-        raise UsageError("--vocabulary and --glossaries are options of BPE with </w> (train --model=bpe, or subword-nmt codes)")
+        raise UsageError("--vocabulary and --glossaries are options of BPE with </w> (train --model=bpe, or subword-"
+                         "nmt codes)")
     model = BPE(tok.model.vocab, tok.model.merges, end="</w>", unk="<unk>")
     if vocabulary:
         try:
             lines = [line.split(" ") for line in Path(vocabulary).read_text(encoding="utf-8").split("\n") if line.strip()]
             model.allowed = {piece for piece, count in lines if int(count) >= threshold}
         except (OSError, ValueError) as error:
-            raise UsageError(f"--vocabulary={vocabulary}: expected lines of 'piece count' as subword-nmt writes them ({error})") from None
+            raise UsageError(f"--vocabulary={vocabulary}: expected lines of 'piece count' as subword-nmt writes them "
+                             f"({error})") from None
     if glossaries:
         model.whole = compiled("|".join(glossaries))
     return Tokenizer(model, tok.normalizer, sennrich_cut(glossaries), tok.added, tok.spelling, tok.strip)
+
+
+IN_FOLDERS = ("tokenizer.json", "vocab.json", "encoder.json", "*.model", "*.spm", "*.tiktoken", "tekken*.json", "vocab.txt",
+              "*.model.v*", "codes*")        # what load looks for, best first
+DAMAGE = (LookupError, TypeError, AttributeError, ValueError, StopIteration, RecursionError, EOFError, OSError,
+          OverflowError, struct.error, zlib.error)          # how readers fail on a file that is not whole
 
 
 def load(path_or_name, pattern=""):
     """Open any tokenizer: tokenizer.json, vocab.json + merges.txt, a .tiktoken rank file (cut by `pattern`), tekken.json, a
     SentencePiece .model, vocab.txt, subword-nmt codes; a folder with one of them; 'bytes'; or a name that tiktoken knows
     (fetched by tiktoken: needs the network or its cache). What a file is, its content says, not its name."""
-    path = Path(path_or_name)
-    if str(path_or_name) == "bytes":
+    path, name = Path(path_or_name), str(path_or_name)
+    if name == "bytes":
         return byte_bpe({bytes([b]): b for b in range(256)}, "gpt2", ["<|endoftext|>"])
     if path.is_dir():
-        names = ("tokenizer.json", "vocab.json", "encoder.json", "*.model", "*.spm", "*.tiktoken", "tekken*.json", "vocab.txt", "*.model.v*", "codes*")
-        found = [file for name in names for file in sorted(path.glob(name))]
-        if not found:
-            raise UsageError(f"the folder {path} holds no vocabulary file; expected one of {', '.join(names)}")
-        path = found[0]
+        path, folder = next((file for glob in IN_FOLDERS for file in sorted(path.glob(glob))), None), path
+        if not path:
+            raise UsageError(f"the folder {folder} holds no vocabulary file; expected one of {', '.join(IN_FOLDERS)}")
     if path.is_file():
         try:
             tok = read_any(path, path.read_bytes(), pattern)
-            ids = [*tok.model.vocab.values(), *(token["id"] for token in tok.added)]
-            if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(tok.model.vocab.values())) < len(tok.model.vocab):
+            ids, more = [*tok.model.vocab.values()], [token["id"] for token in tok.added]
+            if not all(type(i) is int and 0 <= i < 2**31 for i in [*ids, *more]) or len(set(ids)) < len(ids):
                 raise ValueError("ids must be different whole numbers from 0 on")
             tok.decode(tok.encode_reference("a b"))              # what is missing shows here, not in the middle of work
             return tok
         except UsageError as error:
             raise error if str(path) in str(error) else UsageError(f"{path}: {error}") from None
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError, StopIteration, RecursionError, EOFError, OSError,
-                OverflowError, struct.error, zlib.error) as error:
-            raise UsageError(f"{path}: not a whole vocabulary file ({type(error).__name__}: {error}); copy or save it again") from None
-    if str(path_or_name) in tiktoken.list_encoding_names():
-        try:
-            core = tiktoken.get_encoding(str(path_or_name))
-        except OSError as error:
-            raise UsageError(f"tiktoken could not fetch {path_or_name} ({type(error).__name__}: no network?); "
-                             f"train one with --tokenizer='' or give a local file") from None
-        return byte_bpe(core._mergeable_ranks, core._pat_str, core._special_tokens)
-    raise UsageError(f"no tokenizer at {path_or_name}: expected a vocabulary file, a folder with one, 'bytes' or one of "
-                     f"{tiktoken.list_encoding_names()}")
+        except DAMAGE as error:
+            raise UsageError(f"{path}: not a whole vocabulary file ({type(error).__name__}: {error}); "
+                             f"copy or save it again") from None
+    if name not in tiktoken.list_encoding_names():
+        raise UsageError(f"no tokenizer at {name}: expected a vocabulary file, a folder with one, 'bytes' or one of "
+                         f"{tiktoken.list_encoding_names()}")
+    try:
+        core = tiktoken.get_encoding(name)
+    except OSError as error:
+        raise UsageError(f"tiktoken could not fetch {name} ({type(error).__name__}: no network?); "
+                         f"train one with --tokenizer='' or give a local file") from None
+    return byte_bpe(core._mergeable_ranks, core._pat_str, core._special_tokens)
 
 
 def read_any(path, raw, pattern):
-    if path.suffix == ".gz":
-        raw = gzip.decompress(raw)
-    first = raw.split(b"\n", 1)[0]
+    raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    first, other = raw.split(b"\n", 1)[0], BESIDE.get(path.name)
     if raw[:1] == b"{":
         spec = json.loads(raw)
-        return (read_hf if isinstance(spec.get("model"), dict) else read_tekken if isinstance(spec.get("config"), dict) else read_gpt2)(path, raw)
-    if first.startswith(b"#version") and path.with_name(BESIDE.get(path.name, path.name)) != path and path.with_name(BESIDE[path.name]).is_file():
-        return read_gpt2(path, raw)
+        if isinstance(spec.get("model"), dict):
+            return read_hf(path, spec)
+        return read_tekken(path, spec) if isinstance(spec.get("config"), dict) else read_gpt2(path)
+    if first.startswith(b"#version") and other and path.with_name(other).is_file():
+        return read_gpt2(path)
     if first.startswith(b"#version") or path.name.startswith("codes"):
         return read_codes(path, raw)
     if regex.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?", first):
         return read_ranks(path, raw, pattern)
     return (read_sentencepiece if first == b"" or b"\0" in raw[:4096] else read_vocab_txt)(path, raw)
-
-
-BESIDE = {"vocab.json": "merges.txt", "merges.txt": "vocab.json", "encoder.json": "vocab.bpe", "vocab.bpe": "encoder.json"}
 
 
 def write_hf(tok):
@@ -2456,46 +2453,55 @@ def write_hf(tok):
 
 def write_ranks(tok):
     if not tok.core or tok.normalizer not in ([], NFC):
-        raise UsageError("only byte-level BPE that tiktoken itself can do can be written as .tiktoken ranks: one pattern that covers any text, "
-                         "no normaliser, merges in the order of their ids; write it with --to hf")
-    return b"".join((base64.b64encode(token) or b"=") + b" %d\n" % i for token, i in sorted(tok.model.vocab.items(), key=lambda item: item[1]))
+        raise UsageError("only byte-level BPE that tiktoken itself can do can be written as .tiktoken ranks: one "
+                         "pattern that covers any text, no normaliser, merges in the order of their ids;"
+                         " write it with --to hf")
+    ranks = sorted(tok.model.vocab.items(), key=operator.itemgetter(1))
+    return b"".join((base64.b64encode(token) or b"=") + b" %d\n" % i for token, i in ranks)
 
 
 def write_codes(tok):
     if not (isinstance(tok.model, BPE) and tok.model.end == "</w>") or tok.normalizer or tok.cut != sennrich_cut():
-        raise UsageError("only BPE with </w> as --model=bpe trains it, without --normalizer and --pattern, has subword-nmt codes")
+        raise UsageError("only BPE with </w> as --model=bpe trains it, without --normalizer and --pattern, has subword-nmt "
+                         "codes")
     return "".join(["#version: 0.2\n", *(f"{a} {b}\n" for a, b in tok.model.merges)]).encode("utf-8")
 
 
 def write_vocab_txt(tok):
     raw = "".join(f"{tok.pieces.get(i)}\n" for i in range(tok.n_vocab)).encode("utf-8")
-    back = read_vocab_txt("vocab.txt", raw) if isinstance(tok.model, WordPiece) and sorted(tok.pieces) == [*range(tok.n_vocab)] else None
+    whole = isinstance(tok.model, WordPiece) and sorted(tok.pieces) == [*range(tok.n_vocab)]
+    back = read_vocab_txt("vocab.txt", raw) if whole else None
     if not back or (back.normalizer, back.cut, back.special) != (tok.normalizer, tok.cut, tok.special):
-        raise UsageError("only WordPiece with BERT's normaliser and words can be written as vocab.txt: ids from 0 on without gaps, special tokens "
-                         "named like [CLS] or <s>, capitals kept or not as the tokens say")
+        raise UsageError("only WordPiece with BERT's normaliser and words can be written as vocab.txt: ids from 0 on "
+                         "without gaps, special tokens named like [CLS] or <s>, capitals kept or not as the tokens say")
     return raw
 
 
 def write_sentencepiece(tok):
     """A .model of Unigram, or of BPE over visible spaces; its normaliser must be one that sentencepiece_steps gives."""
-    model, kinds = tok.model, [step["type"] for step in tok.normalizer]
-    charsmap = next((base64.b64decode(step["precompiled_charsmap"]) for step in tok.normalizer if step["type"] == "Precompiled"), b"")
-    dummy, squeeze = "Prepend" in kinds, any(step.get("pattern") == dict(Regex=SQUEEZE) for step in tok.normalizer)
-    parts = [part for step in tok.cut for part in regex.split(r"(?<!\\)\|", step["pattern"]["Regex"] if step["type"] == "Split" else "")]
-    names = {re.sub(r"\\(.)", r"\1", part) for part in parts}
-    if tok.spelling != "▁" or not names <= model.vocab.keys() or tok.normalizer != sentencepiece_steps(charsmap, dummy, squeeze) or isinstance(model, BPE) and model.merges is not None:
-        raise UsageError("only Unigram and BPE trained in SentencePiece's way (train --model=unigram, or bpe with --style=sp) can be written "
-                         "as a SentencePiece .model; this tokenizer cuts or normalises text differently")
-    score = dict(model.pieces) if isinstance(model, Unigram) else {token: -float(rank) for token, rank in model.rank.items()}
-    users = set(model.users if isinstance(model, Unigram) else ()) | {model.vocab[name] for name in names}
-    kind = lambda i, text: (UNKNOWN if text == model.unk else CONTROL if text in tok.special else USER_DEFINED if i in users else
-                            BYTE if model.byte_fallback and regex.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL)
-    pieces = [(tok.pieces[i], score.get(tok.pieces[i], -1e4 - i), kind(i, tok.pieces[i])) for i in range(tok.n_vocab)]
-    named = {role: next((tok.special[name] for name in ROLES[role] if name in tok.special), -1) for role in ("bos", "eos", "pad")}
-    trainer = dict(model_type=1 if isinstance(model, Unigram) else 2, byte_fallback=model.byte_fallback, unk_piece=model.unk)
-    trainer |= {f"{role}_id": i for role, i in named.items()} | {f"{role}_piece": tok.pieces[i] for role, i in named.items() if i >= 0}
-    return write_model(pieces, trainer, dict(name="identity" if not charsmap else "nmt_nfkc", precompiled_charsmap=charsmap,
-                                             add_dummy_prefix=dummy, remove_extra_whitespaces=squeeze))
+    model, unigram = tok.model, isinstance(tok.model, Unigram)
+    steps = {step["type"]: step for step in reversed(tok.normalizer)}
+    charsmap = base64.b64decode(steps["Precompiled"]["precompiled_charsmap"]) if "Precompiled" in steps else b""
+    dummy, squeeze = "Prepend" in steps, any(step.get("pattern") == dict(Regex=SQUEEZE) for step in tok.normalizer)
+    cuts = [step["pattern"]["Regex"] if step["type"] == "Split" else "" for step in tok.cut]
+    names = {re.sub(r"\\(.)", r"\1", part) for cut in cuts for part in regex.split(r"(?<!\\)\|", cut)}
+    if (tok.spelling != "▁" or not names <= model.vocab.keys() or isinstance(model, BPE) and model.merges is not None
+            or tok.normalizer != sentencepiece_steps(charsmap, dummy, squeeze)):
+        raise UsageError("only Unigram and BPE trained in SentencePiece's way (train --model=unigram, or bpe with "
+                         "--style=sp) can be written as a SentencePiece .model; this tokenizer cuts or normalises text "
+                         "differently")
+    score = dict(model.pieces) if unigram else {token: -float(rank) for token, rank in model.rank.items()}
+    users = {*(model.users if unigram else ()), *(model.vocab[name] for name in names)}
+    kind = lambda i, text: (UNKNOWN if text == model.unk else CONTROL if text in tok.special else USER_DEFINED if i in users
+                            else BYTE if model.byte_fallback and regex.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL)
+    texts = [tok.pieces[i] for i in range(tok.n_vocab)]
+    trainer = dict(model_type=1 if unigram else 2, byte_fallback=model.byte_fallback, unk_piece=model.unk)
+    for role in ("bos", "eos", "pad"):
+        trainer[f"{role}_id"] = next((tok.special[name] for name in ROLES[role] if name in tok.special), -1)
+        trainer |= {f"{role}_piece": texts[trainer[f"{role}_id"]]} if trainer[f"{role}_id"] >= 0 else {}
+    norm = dict(name="nmt_nfkc" if charsmap else "identity", precompiled_charsmap=charsmap, add_dummy_prefix=dummy,
+                remove_extra_whitespaces=squeeze)
+    return write_model([(text, score.get(text, -1e4 - i), kind(i, text)) for i, text in enumerate(texts)], trainer, norm)
 
 
 WRITERS = {                          # --to: how to write a tokenizer, and the name of the file
@@ -2509,10 +2515,8 @@ WRITERS = {                          # --to: how to write a tokenizer, and the n
 
 def save(tok, path, to="hf"):
     """Write PATH (a file where it has the usual ending, else a folder); whole or not at all."""
-    write, name = WRITERS[to]
-    path = Path(path)
-    file = path if path.suffix and not path.is_dir() else path / name
-    raw = write(tok)
+    (write, name), path = WRITERS[to], Path(path)
+    file, raw = path if path.suffix and not path.is_dir() else path / name, write(tok)
     try:
         with atomic_write(file) as out:
             out.write(raw)
@@ -2523,25 +2527,25 @@ def save(tok, path, to="hf"):
 
 # ---- Training a tokenizer (text in, one of the four out) ----
 
-FULL_WIDTH = {chr(c): chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)} | {"\u3000": " "}
-PUNCTUATION_MAP = dict(zip("‘’‚‛“”„‟′″‐‑‒–—―−、。《》〈〉「」『』【】·", "''''\"\"\"\"'\"-------,.<><>\"\"''[].")) | {"…": "...", "⋯": "..."}
+PUNCTUATION_MAP = dict(zip("‘’‚‛“”„‟′″‐‑‒–—―−、。《》〈〉「」『』【】·", "''''\"\"\"\"'\"-------,.<><>\"\"''[]."))
+PUNCTUATION_MAP |= {"…": "...", "⋯": "..."}
 TABLES = {                           # --normalizer: maps of characters, each written into the vocabulary file as a table
-    "nfkc": lambda: nfkc_table(),
+    "nfkc": nfkc_table,
     "nmt_nfkc": lambda: nfkc_table(nmt=True),
     "lower": lambda: {c: _lower(c) for c in map(chr, range(0x110000)) if _lower(c) != c},
     "punctuation": lambda: PUNCTUATION_MAP,
-    "fullwidth": lambda: FULL_WIDTH,
+    "fullwidth": lambda: {chr(c): chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)} | {"\u3000": " "},
 }
-STEPS = {                            # --normalizer: those that are a step of their own in tokenizer.json
-    "nfc": dict(type="NFC"), "nfkc": dict(type="NFKC"), "lower": dict(type="Lowercase"),
-    "bert": dict(type="BertNormalizer", clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True),
-}
+STEPS = {"nfc": NFC[0], "nfkc": dict(type="NFKC"), "lower": dict(type="Lowercase"), "bert": BERT}    # or steps of their own
+
+
 def one_table(names):
     """The maps of several normalisers as one, in their order."""
     table = {}
     for name in names:
         if name not in TABLES:
-            raise UsageError(f"--normalizer={name} is not a map of characters, the only kind a SentencePiece model can hold; use some of {list(TABLES)}")
+            raise UsageError(f"--normalizer={name} is not a map of characters, the only kind a SentencePiece model can "
+                             f"hold; use some of {list(TABLES)}")
         new = TABLES[name]()
         run = make_normalizer(new)
         table = {source: run(to) for source, to in table.items()} | {s: to for s, to in new.items() if s not in table}
@@ -2550,14 +2554,13 @@ def one_table(names):
 
 def blueprint(model, style, pattern, normalizer):
     """(normaliser, cut) for a tokenizer to be trained."""
-    names = [name for name in normalizer or {"sp": ["nmt_nfkc"], "##": ["bert"], "_": ["bert"]}.get(style, []) if name != "none"]
+    names = normalizer or {"sp": ["nmt_nfkc"], "##": ["bert"], "_": ["bert"]}.get(style, [])
+    names = [name for name in names if name != "none"]
+    cut = split_steps(pattern or "cl100k") if pattern or model == "bbpe" else []
     if style == "sp":
-        return sentencepiece_steps(write_charsmap(one_table(names)), True, bool(names)), split_steps(pattern) if pattern else []
-    table = lambda name: base64.b64encode(write_charsmap(TABLES[name]())).decode()
-    steps = [STEPS.get(name) or dict(type="Precompiled", precompiled_charsmap=table(name), longest_match=True) for name in names]
-    if model == "bbpe":
-        return steps, [*split_steps(pattern or "cl100k"), BYTE_LEVEL]
-    return steps, split_steps(pattern) if pattern else sennrich_cut() if model == "bpe" else wordpiece_cut(style)
+        return sentencepiece_steps(write_charsmap(one_table(names)), True, bool(names)), cut
+    steps = [STEPS.get(name) or charsmap_step(write_charsmap(TABLES[name]())) for name in names]
+    return steps, [*cut, BYTE_LEVEL] if model == "bbpe" else cut or WORDPIECE_CUTS.get(style) or sennrich_cut()
 
 
 def alphabet_of(words, coverage):
@@ -2580,20 +2583,11 @@ def within(words, alphabet):
     return kept
 
 
-def symbols_of(words, mark_ends):
-    """(the words' characters as numbers, one word after the other; what each number stands for): characters in the order of
-    their code points, after them those at the end of a word, if these are told apart."""
-    lengths = np.array([len(word) for word in words], np.int64)
-    codes = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
-    codes[np.cumsum(lengths) - 1] += mark_ends << 21
-    unique, flat = np.unique(codes, return_inverse=True)
-    return flat.astype(np.int32), [chr(code & 0x1FFFFF) + "</w>" * (code >> 21) for code in unique.tolist()]
-
-
 def check_room(size, alphabet):
     if size < len(alphabet):
-        raise UsageError(f"--vocab_size={size} is smaller than the {len(alphabet)} bytes and characters that this text is made of; use "
-                         f"{len(alphabet)} or more" + ", or a smaller --character_coverage" * (len(alphabet) > 256))
+        raise UsageError(f"--vocab_size={size} is smaller than the {len(alphabet)} bytes and characters that this text is "
+                         f"made of; use {len(alphabet)} or more"
+                         + ", or a smaller --character_coverage" * (len(alphabet) > 256))
     return size - len(alphabet)
 
 
@@ -2603,25 +2597,30 @@ def learn_bytes(words, size, steps, cut, tie="hf", **limits):
     raw, spelled = [word.encode("utf-8", "surrogateescape") for word in words], [bytes([b]) for b in order]
     lengths, counts = np.array([*map(len, raw)], np.int64), np.fromiter(words.values(), np.int64, len(words))
     symbols = np.argsort(order).astype(np.int32)[np.frombuffer(b"".join(raw), np.uint8)]
+    words.clear()                                                # the arrays hold all of it
     del raw
     pairs = learn_merges(symbols, lengths, counts, spelled, check_room(size, order), tie, **limits)
     merges = [(spelled[a], spelled[b]) for a, b in pairs]
-    return Tokenizer(BPE({token: i for i, token in enumerate(spelled)}, merges, byte_level=True), steps, cut)
+    return Tokenizer(BPE(numbered(spelled), merges, byte_level=True), steps, cut)
 
 
 def learn_characters(words, size, steps, cut, style, fallback=(), letters=None, **limits):
-    """BPE over characters: Sennrich's with </w>, or SentencePiece's, whose vocabulary has the letters last."""
+    """BPE over characters: Sennrich's with </w>, or SentencePiece's, whose vocabulary has the letters last. The symbols are
+    the characters in the order of their code points, after them those at the end of a word, if these are told apart."""
     words = within(words, letters) if letters else words
-    symbols, base = symbols_of(words, style == "</w>")
-    spelled, room = list(base), check_room(size, [*fallback, *(letters or base)])
     lengths, counts = np.array([*map(len, words)], np.int64), np.fromiter(words.values(), np.int64, len(words))
-    merges = [(spelled[a], spelled[b]) for a, b in learn_merges(symbols, lengths, counts, spelled, room, **limits)]
+    codes = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
+    codes[np.cumsum(lengths) - 1] += (style == "</w>") << 21
+    codes, symbols = np.unique(codes, return_inverse=True)
+    base = [chr(code & 0x1FFFFF) + "</w>" * (code >> 21) for code in codes.tolist()]
+    spelled, room = list(base), check_room(size, [*fallback, *(letters or base)])
+    pairs = learn_merges(symbols.astype(np.int32), lengths, counts, spelled, room, **limits)
+    merges = [(spelled[a], spelled[b]) for a, b in pairs]
     if style == "</w>":
-        return sennrich({token: i for i, token in enumerate(["<unk>", *spelled])}, merges, steps, cut)
+        return sennrich(numbered(["<unk>", *spelled]), merges, steps, cut)
     order = [*spelled[len(base):], *letters]
-    vocab = {token: i for i, token in enumerate(["<unk>", *fallback, *order])}
-    core = BPE(vocab, None, {token: i for i, token in enumerate(order)}, unk="<unk>", byte_fallback=bool(fallback), fuse_unk=True)
-    return sentencepiece(core, steps, cut)
+    return sentencepiece(BPE(numbered(["<unk>", *fallback, *order]), None, numbered(order), unk="<unk>",
+                             byte_fallback=bool(fallback), fuse_unk=True), steps, cut)
 
 
 def learn_wordpieces(words, size, steps, cut, style, letters, min_frequency=0, progress=None, **_):
@@ -2629,9 +2628,8 @@ def learn_wordpieces(words, size, steps, cut, style, letters, min_frequency=0, p
     first = {word[0] for word in words}
     alphabet = sorted(first) + sorted({mark + c for word in words for c in word[1:]} - first)
     check_room(size, alphabet)
-    vocab = ["[UNK]", *learn_wordpiece(words, size, alphabet, mark, min_frequency, progress)]
-    return Tokenizer(WordPiece({token: i for i, token in enumerate(vocab)}, "[UNK]", mark), steps, cut,
-                     [dict(id=0, content="[UNK]", special=True)], style, "left")
+    vocab = numbered(["[UNK]", *learn_wordpiece(words, size, alphabet, mark, min_frequency, progress)])
+    return Tokenizer(WordPiece(vocab, "[UNK]", mark), steps, cut, [dict(id=0, content="[UNK]", special=True)], style, "left")
 
 
 def learn_unigram(words, size, steps, cut, style, fallback, letters, progress=None, **_):
@@ -2642,7 +2640,8 @@ def learn_unigram(words, size, steps, cut, style, fallback, letters, progress=No
 
 
 def sentencepiece(core, steps, cut):
-    return Tokenizer(core, steps, cut, [dict(id=0, content="<unk>", special=True)], "▁", "left").with_special(["<s>", "</s>"])
+    unk = dict(id=0, content="<unk>", special=True)
+    return Tokenizer(core, steps, cut, [unk], "▁", "left").with_special(["<s>", "</s>"])
 
 
 KINDS = {                            # --model: who learns it, in each --style, the first being the default
@@ -2655,18 +2654,18 @@ KINDS = {                            # --model: who learns it, in each --style, 
 
 def train(texts, model="bbpe", vocab_size=32_000, *, pattern="", special=(), tie="hf", min_frequency=0, max_token_length=0,
           normalizer=(), style="", character_coverage=0.0, byte_fallback=True, workers=1, progress=None):
-    """Learn a tokenizer from texts (an iterable of str, read once, never held). Returns (tokenizer, {word: count}).
+    """Learn a tokenizer from texts (an iterable of str, read once, never held). Returns (tokenizer, (words, different words)).
 
-    vocab_size counts the base alphabet but no special tokens: those (`special`, and <unk> where the model has one) come on
-    top. A corpus that cannot fill the vocabulary gives a smaller one. UsageError where the alphabet alone is larger."""
+    vocab_size counts the base alphabet but not the special tokens, <unk> among them: those come on top. A corpus that cannot
+    fill the vocabulary gives a smaller one."""
     style = style or next(iter(KINDS[model]))
     if style not in KINDS[model]:
         raise UsageError(f"--style={style} is not a style of --model={model}; use one of {list(KINDS[model])}")
     limits = dict(tie=tie, min_frequency=min_frequency, max_token_length=max_token_length)
-    unused = dict(unigram=("min_frequency", "max_token_length"), wordpiece=("max_token_length",)).get(model, ())
-    for name in ("min_frequency", "max_token_length"):
-        if limits[name] and name in unused or limits[name] < 0:
-            raise UsageError(f"--{name}={limits[name]}: " + ("use 0 or more" if limits[name] < 0 else f"--model={model} has no such limit; leave it out"))
+    for name, without in (("min_frequency", ["unigram"]), ("max_token_length", ["unigram", "wordpiece"])):
+        if limits[name] < 0 or limits[name] and model in without:
+            wrong = "use 0 or more" if limits[name] < 0 else f"--model={model} has no such limit; leave it out"
+            raise UsageError(f"--{name}={limits[name]}: {wrong}")
     if not 0 <= character_coverage <= 1:
         raise UsageError(f"--character_coverage={character_coverage} is out of range; use a share such as 0.9995, at most 1")
     if model == "bbpe":
@@ -2675,6 +2674,7 @@ def train(texts, model="bbpe", vocab_size=32_000, *, pattern="", special=(), tie
     words = count_words(map(clean_surrogates, texts), steps, cut, style == "sp", workers, progress)
     if not words:
         raise UsageError("the input holds no text; give files with some")
+    seen = sum(words.values()), len(words)
     if model != "bbpe":
         limits |= dict(style=style, fallback=[f"<0x{b:02X}>" for b in range(256)] if style == "sp" and byte_fallback else [])
         if limits["fallback"]:
@@ -2682,7 +2682,7 @@ def train(texts, model="bbpe", vocab_size=32_000, *, pattern="", special=(), tie
         if style != "</w>":
             limits["letters"] = alphabet_of(words, character_coverage or (0.9995 if style == "sp" else 1.0))
     tok = KINDS[model][style](words, vocab_size, steps, cut, progress=progress, **limits)
-    return tok.with_special(special), words
+    return tok.with_special(special), seen
 
 
 # ---- Bench (how fast, next to the libraries that do the same?) ----
@@ -2690,8 +2690,7 @@ def train(texts, model="bbpe", vocab_size=32_000, *, pattern="", special=(), tie
 def in_child(work):
     """(CPU seconds with all threads and children, wall seconds, peak MB) of work() in a process of its own."""
     sys.stdout.flush()
-    start = time.perf_counter()
-    pid = os.fork()
+    start, pid = time.perf_counter(), os.fork()
     if not pid:
         code = 1
         try:
@@ -2705,75 +2704,74 @@ def in_child(work):
     return usage.ru_utime + usage.ru_stime, time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
+def contests(texts, peers, args):
+    """Yield (title, {name: what to run}); peers that are not installed will not be called."""
+    hf, sp, pattern = peers.get("tokenizers"), peers.get("sentencepiece"), compiled(PATTERNS[args.pattern]).pattern
+    ours = lambda workers=1: train(texts(), "bbpe", args.vocab_size, pattern=args.pattern, workers=workers)
+    lines = [line for line in "".join(itertools.islice(texts(), 200))[:1_500_000].split("\n") if line]
+    tok, mb = ours()[0], f"{sum(map(len, lines)) / 1e6:.1f} MB"
+
+    def hugging_face():
+        theirs, byte_level = hf.Tokenizer(hf.models.BPE()), hf.pre_tokenizers.ByteLevel
+        theirs.pre_tokenizer = hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated"),
+                                                           byte_level(add_prefix_space=False, use_regex=False)])
+        theirs.train_from_iterator(texts(), hf.trainers.BpeTrainer(vocab_size=args.vocab_size, show_progress=False,
+                                                                   initial_alphabet=byte_level.alphabet()))
+
+    def subword_nmt():
+        with contextlib.redirect_stderr(io.StringIO()):          # its progress bar
+            peers["subword_nmt.learn_bpe"].learn_bpe(lines, io.StringIO(), 3000)
+
+    yield f"train BBPE {args.vocab_size}", {
+        "tokenizers": hugging_face,
+        "rustbpe": lambda: peers["rustbpe"].Tokenizer().train_from_iterator(texts(), args.vocab_size, pattern=pattern),
+        "ours, 1 process": ours, f"ours, {cores()} processes": lambda: ours(cores())}
+    theirs = hf and hf.Tokenizer.from_str(json.dumps(hf_json(tok)))
+    yield "encode with the same ranks", {
+        "tokenizers": lambda: [theirs.encode(text) for text in texts()],
+        "tiktoken": lambda: [tok.core.encode_ordinary(text) for text in texts()],
+        "ours": lambda: [tok.encode(text) for text in texts()],
+        "ours, plain Python": lambda: [tok.encode_reference(text) for text in texts()]}
+    yield f"train BPE </w>, {mb}, 3000 merges", {
+        "subword_nmt.learn_bpe": subword_nmt,
+        "ours": lambda: train(iter(lines), "bpe", 3000 + len({*"".join(lines)}), tie="lex", min_frequency=2)}
+    yield f"train Unigram 4000, {mb}", {
+        "sentencepiece": lambda: sp.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=io.BytesIO(), vocab_size=4000, minloglevel=2, hard_vocab_limit=False,
+            normalization_rule_name="nmt_nfkc"),
+        "ours": lambda: train(iter(lines), "unigram", 4000, byte_fallback=False)}
+
+
 def bench_command(args):
-    """Each row: CPU seconds, best of --rounds runs in turn, and the ratio to the first one of its group. Peers that are not
-    installed are left out."""
+    """Each row: CPU seconds, best of --rounds runs in turn, and the ratio to the peers of its group."""
     import importlib
     import sysconfig
     peers = {}
     for name in ("tokenizers", "rustbpe", "subword_nmt.learn_bpe", "sentencepiece"):
         with contextlib.suppress(ImportError):
             peers[name] = importlib.import_module(name)
-    paths = args.input or [str(p) for p in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")) if "site-packages" not in p.parts]
+    sources = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    paths = args.input or [path for path in sources if "site-packages" not in path.parts]
     texts = lambda: (document["text"] for document in documents(paths, Counter()))
-    head = "".join(itertools.islice(texts(), 200))
-    size, pattern = sum(len(text.encode("utf-8", "replace")) for text in texts()), compiled(PATTERNS[args.pattern]).pattern
-    print(f"{size / 1e6:.1f} MB, {args.vocab_size:,} tokens, pattern {args.pattern}; {cores()} cores; CPU seconds, the best of {args.rounds} runs in turn")
-    tok, _ = train(texts(), "bbpe", args.vocab_size, pattern=args.pattern)
-    lines = [line for line in head[:1_500_000].split("\n") if line]
-
-    def hugging_face():
-        hf = peers["tokenizers"]
-        theirs = hf.Tokenizer(hf.models.BPE())
-        theirs.pre_tokenizer = hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated"),
-                                                           hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        theirs.train_from_iterator(texts(), hf.trainers.BpeTrainer(vocab_size=args.vocab_size, show_progress=False,
-                                                                   initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
-
-    def hugging_face_encode():
-        theirs = peers["tokenizers"].Tokenizer.from_str(json.dumps(hf_json(tok)))
-        return lambda: [theirs.encode(text) for text in texts()]
-
-    def sentencepiece():
-        peers["sentencepiece"].SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=io.BytesIO(), vocab_size=4000,
-                                                          minloglevel=2, hard_vocab_limit=False, normalization_rule_name="nmt_nfkc")
-
-    def subword_nmt():
-        with contextlib.redirect_stderr(io.StringIO()):          # its progress bar
-            peers["subword_nmt.learn_bpe"].learn_bpe(lines, io.StringIO(), 3000)
-
-    ready = lambda work: lambda: work
-    groups = {
-        f"train BBPE {args.vocab_size}": {
-            "tokenizers": ready(hugging_face), "rustbpe": ready(lambda: peers["rustbpe"].Tokenizer().train_from_iterator(texts(), args.vocab_size, pattern=pattern)),
-            "ours, 1 process": ready(lambda: train(texts(), "bbpe", args.vocab_size, pattern=args.pattern)),
-            f"ours, {cores()} processes": ready(lambda: train(texts(), "bbpe", args.vocab_size, pattern=args.pattern, workers=cores()))},
-        "encode with the same ranks": {
-            "tokenizers": hugging_face_encode, "tiktoken": lambda: lambda: [tok.core.encode_ordinary(text) for text in texts()],
-            "ours": lambda: lambda: [tok.encode(text) for text in texts()], "ours, plain Python": lambda: lambda: [tok.encode_reference(text) for text in texts()]},
-        f"train BPE </w>, {sum(map(len, lines)) / 1e6:.1f} MB, 3000 merges": {
-            "subword_nmt.learn_bpe": ready(subword_nmt),
-            "ours": ready(lambda: train(iter(lines), "bpe", 3000 + len({*"".join(lines)}), tie="lex", min_frequency=2))},
-        f"train Unigram 4000, {sum(map(len, lines)) / 1e6:.1f} MB": {
-            "sentencepiece": ready(sentencepiece), "ours": ready(lambda: train(iter(lines), "unigram", 4000, byte_fallback=False))},
-    }
-    for title, group in groups.items():
-        runs = {name: prepare() for name, prepare in group.items() if name in peers or name.startswith(("ours", "tiktoken"))}
-        spent = {name: [] for name in runs}
-        for _ in range(args.rounds):
-            for name, work in runs.items():
-                spent[name].append(in_child(work))
-        print(f"\n{title}\n  {'':24s} {'CPU s':>8s} {'wall s':>8s} {'peak MB':>8s}  CPU ratio to {', '.join(n for n in runs if not n.startswith('ours'))}")
-        for name, figures in spent.items():
-            cpu, wall, peak = map(min, zip(*figures))
-            print(f"  {name:24s} {cpu:8.2f} {wall:8.2f} {peak:8.0f}  " + ("  ".join(
-                f"{cpu / min(f[0] for f in spent[other]):.2f}x" for other in runs if not other.startswith("ours")) if name.startswith("ours") else ""))
+    size = sum(len(text.encode("utf-8", "replace")) for text in texts())
+    print(f"{size / 1e6:.1f} MB, {args.vocab_size:,} tokens, pattern {args.pattern}; {cores()} cores; "
+          f"CPU seconds, the best of {args.rounds} runs in turn")
+    for title, works in contests(texts, peers, args):
+        spent = {name: [] for name in works if name in peers or name.startswith(("ours", "tiktoken"))}
+        for name in [*spent] * args.rounds:
+            spent[name].append(in_child(works[name]))
+        best = {name: [*map(min, zip(*figures))] for name, figures in spent.items()}
+        others = [name for name in best if not name.startswith("ours")]
+        print(f"\n{title}\n  {'':24s} {'CPU s':>8s} {'wall s':>8s} {'peak MB':>8s}  CPU ratio to {', '.join(others)}")
+        for name, (cpu, wall, peak) in best.items():
+            ratios = "  ".join(f"{cpu / best[other][0]:.2f}x" for other in others if name not in others)
+            print(f"  {name:24s} {cpu:8.2f} {wall:8.2f} {peak:8.0f}  {ratios}")
 
 
 # ---- Command line ----
 
 def demo():
-    text = "low low low low low lower lower newest newest newest newest newest newest widest widest widest"
+    text = " ".join(["low"] * 5 + ["lower"] * 2 + ["newest"] * 6 + ["widest"] * 3)
     print(f"corpus: {text!r}\n")
     tok, _ = train([text], "bbpe", 256 + 10, pattern="gpt2", special=["eos"])
     print("BBPE, most frequent pair first (a space belongs to the word after it):")
@@ -2783,86 +2781,28 @@ def demo():
         ids = tok.encode(sample)
         print(f"  {sample!r}: {len(sample.encode())} bytes -> {len(ids)} tokens {' '.join(tok.pieces[i] for i in ids)}")
         assert tok.decode(ids) == sample and ids == tok.encode_reference(sample)
-    print(f"  a special token enters only where the caller allows it: {tok.encode('<|endoftext|>', allowed_special='all')}\n")
+    ids = tok.encode("<|endoftext|>", allowed_special="all")
+    print(f"  a special token enters only where the caller allows it: {ids}\n")
     for model, size in (("bpe", 25), ("wordpiece", 25), ("unigram", 30)):
         tok, _ = train([text], model, size, byte_fallback=False)
         print(f"{model + ':':10s} {' '.join(pieces_of(tok, 'lowest newer'))}")
     draw = random.Random(0)
-    print("sampled:   " + " | ".join(" ".join(tok.pieces[i] for i in tok.encode("newest", alpha=0.1, rng=draw)) for _ in range(4)))
+    sampled = (tok.encode("newest", alpha=0.1, rng=draw) for _ in range(4))
+    print("sampled:   " + " | ".join(" ".join(map(tok.pieces.get, ids)) for ids in sampled))
 
 
 def pieces_of(tok, text):
     """What the tokens of a text look like: the parts of words as subword-nmt prints them, else as the vocabulary has them,
     SentencePiece's unknown text as it stands."""
     found = []
-    if tok.model.end:
-        for word in regex.findall(LINE_WORDS, text):
-            parts = [part.removesuffix(tok.model.end) for each in tok.words(word) for part, _ in tok.model.segment(each)]
-            found += [part + "@@" for part in parts[:-1]] + parts[-1:]
-        return found
-    for part, token in tok.sections(text):
-        for piece, ids in [(part, [token["id"]])] if token else [each for word in tok.words(part) for each in tok.model.segment(word)]:
+    for word in regex.findall(LINE_WORDS, text) if tok.model.end else ():
+        parts = [part.removesuffix(tok.model.end) for each in tok.words(word) for part, _ in tok.model.segment(each)]
+        found += [part + "@@" for part in parts[:-1]] + parts[-1:]
+    for part, token in () if tok.model.end else tok.sections(text):
+        for piece, ids in [(part, [token["id"]])] if token else itertools.chain(*map(tok.model.segment, tok.words(part))):
             names = [tok.pieces[i] for i in ids]
             found += [piece] if names == [tok.model.unk] and tok.spelling == "▁" else names
     return found
-
-
-def parser():
-    cmds = Parser(prog="tokenizer.py", description="Train, use, convert and compare tokenizers.")
-    commands = cmds.add_subparsers(dest="command", required=True)
-    add = lambda name, text: commands.add_parser(name, help=text, description=text)
-    tok = dict(required=True, help="any vocabulary file, a folder with one, or a name")
-    cmd = add("train", "learn a vocabulary from text")
-    cmd.add_argument("--model", choices=list(KINDS), default="bbpe", help="algorithm")
-    cmd.add_argument("--vocab_size", type=integer, required=True, help="tokens to learn, the base alphabet included; special tokens come on top")
-    cmd.add_argument("--pattern", default="", help=f"where to cut words: one of {list(PATTERNS)} or a regular expression (bbpe: cl100k)")
-    cmd.add_argument("--tie", choices=list(TIES), default="hf", help="which of equally frequent pairs merges first")
-    cmd.add_argument("--min_frequency", type=integer, default=0, help="merge no pair seen less often")
-    cmd.add_argument("--max_token_length", type=integer, default=0, help="longest token, in bytes or characters; 0: any")
-    cmd.add_argument("--normalizer", nargs="+", default=[], choices=["none", *dict.fromkeys([*STEPS, *TABLES])], help="what to do to text first")
-    cmd.add_argument("--style", default="", choices=list(dict.fromkeys(style for styles in KINDS.values() for style in styles)), help="bpe: </w> or sp (SentencePiece); wordpiece: ## or _")
-    cmd.add_argument("--character_coverage", type=number, default=0.0, help="share of the characters that get a token (sp: 0.9995, else 1)")
-    cmd.add_argument("--byte_fallback", type=truth, default=True, help="sp: unknown characters become bytes, not <unk>")
-    cmd.add_argument("--special", nargs="+", default=[], help=f"special tokens, on the ids after all others: names, roles ({', '.join(ROLES)}), sentinels=N")
-    cmd.add_argument("--workers", type=integer, default=0, help="processes that count; the result is the same for any number (0: one a core)")
-    cmd.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz, folders, - for stdin")
-    cmd.add_argument("--out", required=True, help="folder to write tokenizer.json to; one that is there is replaced")
-    cmd = add("encode", "text on stdin to ids, a line each")
-    cmd.add_argument("--tok", **tok)
-    cmd.add_argument("--format", choices=["ids", "pieces"], default="ids", help="what to print")
-    cmd.add_argument("--engine", choices=["auto", "python"], default="auto", help="python: the reference encoder, without tiktoken's core")
-    cmd.add_argument("--dropout", type=number, default=0.0, help="BPE-dropout: leave out merges with this probability")
-    cmd.add_argument("--alpha", type=number, default=0.0, help="Unigram: sample segmentations, the more even the smaller; 0: the best one")
-    cmd.add_argument("--nbest", type=integer, default=-1, help="with --alpha: sample from so many best ones; -1: from all")
-    cmd.add_argument("--seed", type=integer, default=0, help="of the sampling")
-    cmd.add_argument("--vocabulary", default="", help="subword-nmt: file of 'piece count' lines; other pieces are split up")
-    cmd.add_argument("--vocabulary_threshold", type=integer, default=0, help="subword-nmt: pieces of the vocabulary seen less often are split up too")
-    cmd.add_argument("--glossaries", nargs="+", default=[], help="subword-nmt: words or regular expressions that stay whole")
-    cmd = add("decode", "ids on stdin, a line each, to text")
-    cmd.add_argument("--tok", **tok)
-    cmd = add("convert", "write a vocabulary for another library")
-    cmd.add_argument("--tok", **tok)
-    cmd.add_argument("--to", choices=list(WRITERS), required=True, help="whose file to write")
-    cmd.add_argument("--out", required=True, help="file or folder")
-    cmd = add("eval", "bytes per token, tokens per word, vocabulary use and round trip, by script or language")
-    cmd.add_argument("--tok", nargs="+", required=True, help="vocabularies to compare")
-    cmd.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz, folders, - for stdin")
-    cmd = add("show", "tokens, ids, and the bytes and characters of the text they stand for")
-    cmd.add_argument("--tok", **tok)
-    cmd.add_argument("--text", default="", help="text to show (stdin without it)")
-    cmd = add("bench", "time training and encoding against the libraries that are installed")
-    cmd.add_argument("--input", nargs="+", default=[], help="text to use (without it: the sources of Python's standard library)")
-    cmd.add_argument("--vocab_size", type=integer, default=32_000, help="tokens to learn")
-    cmd.add_argument("--pattern", default="cl100k", help=f"one of {list(PATTERNS)}")
-    cmd.add_argument("--rounds", type=integer, default=3, help="runs of each, in turn; the best counts")
-    return cmds
-
-
-def main(argv):
-    if not argv:
-        return demo()
-    args = parser().parse_args(argv)
-    COMMANDS[args.command](args)
 
 
 def train_command(args):
@@ -2873,23 +2813,22 @@ def train_command(args):
     if not home.is_dir() or not os.access(home, os.W_OK):
         raise UsageError(f"--out={args.out} cannot be written; name a folder that can")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that worker processes are ended, too
-    total = sum(os.path.getsize(path) for path in input_files(args.input) if path != "-")
+    progress = Progress(sum(os.path.getsize(path) for path in input_files(args.input) if path != "-"))
     part = 0 if args.pattern and args.pattern not in PATTERNS else 1 << 24       # one's own regex may look anywhere
     texts = (document["text"] for document in documents(args.input, report, part))
-    options = {key: value for key, value in vars(args).items() if key not in ("command", "input", "out", "workers", "model", "vocab_size")}
-    progress = Progress(total)
+    options = {key: value for key, value in vars(args).items() if key not in ("command", "input", "out")}
     try:
-        tok, words = train(texts, args.model, args.vocab_size, workers=args.workers or cores(), progress=progress, **options)
+        tok, (words, different) = train(texts, progress=progress, **options | dict(workers=args.workers or cores()))
     finally:
         progress.end()
-    if warn_about(report):
-        print(f"skipped {warn_about(report)}", file=sys.stderr)
+    if skipped := warn_about(report):
+        print(f"skipped {skipped}", file=sys.stderr)
     size = tok.n_vocab - len(tok.special)
     if size < args.vocab_size:
         print(f"warning: the corpus fills only {size:,} of {args.vocab_size:,} tokens", file=sys.stderr)
     tok.save(args.out)
-    print(f"{size:,} tokens from {report['documents']:,} documents ({sum(words.values()):,} words, {len(words):,} different) "
-          f"in {time.perf_counter() - start:.1f} s -> {args.out}/tokenizer.json")
+    print(f"{size:,} tokens from {report['documents']:,} documents ({words:,} words, {different:,} "
+          f"different) in {time.perf_counter() - start:.1f} s -> {args.out}/tokenizer.json")
 
 
 class Progress:
@@ -2906,89 +2845,88 @@ class Progress:
             return
         self.last = now
         left = f", {(now - start) * (total - done) / done:.0f} s left" if 0 < done < total else ""
-        self.say(f"{what} {min(1, done / max(total, 1)):.0%}{left}")
-
-    def say(self, line):
-        print(f"\r\x1b[K{line}" if self.out.isatty() else line, end="" if self.out.isatty() else "\n", file=self.out, flush=True)
+        line = f"{what} {min(1, done / max(total, 1)):.0%}{left}"
+        print(f"\r\x1b[K{line}" if self.out.isatty() else f"{line}\n", end="", file=self.out, flush=True)
 
     def end(self):
-        if self.out.isatty():
-            self.say("")
+        print("\r\x1b[K" * self.out.isatty(), end="", file=self.out, flush=True)
 
 
-def lines_of(stream):
-    """Lines of a binary stream as str; bytes that are not UTF-8 travel as surrogate escapes."""
-    for line in stream:
-        yield line.decode("utf-8", "surrogateescape").removesuffix("\n")
+def input_lines():
+    """Lines of stdin; bytes that are not UTF-8 travel as surrogate escapes."""
+    return (line.decode("utf-8", "surrogateescape").removesuffix("\n") for line in sys.stdin.buffer)
 
 
 def encode_command(args):
     tok, draw = load(args.tok), random.Random(args.seed)
-    sampling = {key: value for key, value in dict(dropout=args.dropout, alpha=args.alpha).items() if value}
-    sampling |= dict(nbest=args.nbest) if args.alpha else {}
+    sampling = dict(dropout=args.dropout) if args.dropout else {}
+    sampling |= dict(alpha=args.alpha, nbest=args.nbest) if args.alpha else {}
     if args.vocabulary or args.glossaries:
         tok = limit(tok, args.vocabulary, args.vocabulary_threshold, args.glossaries)
-    for line in lines_of(sys.stdin.buffer):
+    encode = tok.encode_reference if args.engine == "python" else functools.partial(tok.encode, rng=draw, **sampling)
+    for line in input_lines():
         if args.format == "pieces":
-            lead, trail = (len(line) - len(strip("\r\n ")) for strip in (line.lstrip, line.rstrip)) if tok.model.end else (0, 0)
-            print(line[:lead] + " ".join(pieces_of(tok, line)) + line[len(line) - trail:] * (lead < len(line)))
-        elif args.engine == "python":
-            print(*tok.encode_reference(line.encode("utf-8", "surrogateescape")))
+            kept = line.strip("\r\n ") if tok.model.end else line          # subword-nmt keeps the blanks around a line
+            lead, _, trail = line.partition(kept) if kept else (line, "", "")
+            print(lead + " ".join(pieces_of(tok, line)) + trail)
         else:
-            print(*tok.encode(line.encode("utf-8", "surrogateescape"), rng=draw, **sampling))
+            print(*encode(line.encode("utf-8", "surrogateescape")))
 
 
 def decode_command(args):
     tok = load(args.tok)
-    for number, line in enumerate(lines_of(sys.stdin.buffer), 1):
+    for number, line in enumerate(input_lines(), 1):
         try:
-            raw = tok.decode_bytes(list(map(int, line.split())))
+            sys.stdout.buffer.write(tok.decode_bytes([*map(int, line.split())]) + b"\n")
         except ValueError as error:
-            raise UsageError(f"line {number}: {error}" + "; expected ids separated by spaces" * (not isinstance(error, UsageError))) from None
-        sys.stdout.buffer.write(raw + b"\n")
+            hint = "" if isinstance(error, UsageError) else "; expected ids separated by spaces"
+            raise UsageError(f"line {number}: {error}{hint}") from None
 
 
 def convert_command(args):
     tok = load(args.tok)
     print(f"{tok.n_vocab:,} tokens -> {save(tok, args.out, args.to)}")
     if args.to == "tiktoken":
-        print("a rank file holds neither the pattern nor the special tokens; give tiktoken:", {"pat_str": tok.core._pat_str, "special_tokens": tok.special})
+        print("a rank file holds neither the pattern nor the special tokens; give tiktoken:",
+              dict(pat_str=tok.core._pat_str, special_tokens=tok.special))
 
 
-SCRIPTS = {name: regex.compile(rf"\p{{{name}}}") for name in ("Han", "Latin", "Cyrillic", "Arabic", "Hangul", "Hiragana", "Katakana", "Greek",
-                                                              "Hebrew", "Devanagari", "Thai")}
+SCRIPTS = {name: regex.compile(rf"\p{{{name}}}") for name in (
+    "Han Latin Cyrillic Arabic Hangul Hiragana Katakana Greek Hebrew Devanagari Thai").split()}
 
 
 def language_of(document):
     """What a document says of itself (lang, language, meta.lang), else the script of most of its letters."""
-    meta = document.get("meta") if isinstance(document.get("meta"), dict) else {}
-    named = document.get("lang") or document.get("language") or meta.get("lang") or meta.get("language")
+    meta = document["meta"] if isinstance(document.get("meta"), dict) else {}
+    named = next(filter(None, (where.get(key) for where in (document, meta) for key in ("lang", "language"))), None)
     counts = {name: len(find.findall(document["text"][:2000])) for name, find in SCRIPTS.items()}
     counts["Japanese"] = counts.pop("Hiragana") * 3 + counts.pop("Katakana") * 3
     return str(named) if named else max(counts, key=counts.get) if any(counts.values()) else "no letters"
 
 
 def eval_command(args):
-    toks, report, word = {name: load(name) for name in args.tok}, Counter(), regex.compile(r"\w+|[^\w\s]")
-    sums, used = {}, {name: set() for name in toks}
+    toks, report, find_words = {name: load(name) for name in args.tok}, Counter(), regex.compile(r"\w+|[^\w\s]").findall
+    rows, used = {name: {} for name in toks}, {name: set() for name in toks}
     for document in documents(args.input, report):
         text = document["text"]
+        size, words = len(text.encode("utf-8", "replace")), len(find_words(text))
         for name, tok in toks.items():
             ids = tok.encode(text)
-            row = sums.setdefault((name, language_of(document)), Counter())
-            row.update(documents=1, bytes=len(text.encode("utf-8", "replace")), words=len(word.findall(text)), tokens=len(ids), exact=tok.decode(ids) == text)
+            rows[name].setdefault(language_of(document), Counter()).update(
+                documents=1, bytes=size, words=words, tokens=len(ids), exact=tok.decode(ids) == text)
             used[name].update(ids)
-    if not sums:
+    if not any(rows.values()):
         raise UsageError(f"--input={' '.join(args.input)} holds no text; give a file with some")
     for name, tok in toks.items():
-        rows = {language: row for (of, language), row in sums.items() if of == name}
         print(f"{name}: {tok.n_vocab:,} tokens, {len(used[name]) / tok.n_vocab:.1%} of them used\n"
-              f"  {'language':12s} {'documents':>9s} {'MB':>8s} {'bytes/token':>11s} {'tokens/word':>11s} {'round trip':>10s}")
-        for language, row in [*sorted(rows.items(), key=lambda item: -item[1]["bytes"]), ("all", sum(rows.values(), Counter()))]:
-            print(f"  {language:12s} {row['documents']:9,d} {row['bytes'] / 1e6:8.2f} {row['bytes'] / max(1, row['tokens']):11.3f} "
-                  f"{row['tokens'] / max(1, row['words']):11.3f} {row['exact'] / row['documents']:10.1%}")
-    if warn_about(report):
-        print(f"skipped {warn_about(report)}", file=sys.stderr)
+              "  language     documents       MB bytes/token tokens/word round trip")
+        languages = sorted(rows[name].items(), key=lambda item: -item[1]["bytes"])
+        for language, row in [*languages, ("all", sum(rows[name].values(), Counter()))]:
+            n, size, words, tokens, exact = map(row.__getitem__, ("documents", "bytes", "words", "tokens", "exact"))
+            print(f"  {language:12s} {n:9,d} {size / 1e6:8.2f} {size / max(1, tokens):11.3f} {tokens / max(1, words):11.3f} "
+                  f"{exact / n:10.1%}")
+    if skipped := warn_about(report):
+        print(f"skipped {skipped}", file=sys.stderr)
 
 
 def show_command(args):
@@ -2999,8 +2937,63 @@ def show_command(args):
         print(f"{id:8d}  {low:6d}-{high:<6d}  {first:6d}-{last:<6d}  {tok.pieces[id]!r} {tok.token_bytes(id)!r}")
 
 
-COMMANDS = dict(train=train_command, encode=encode_command, decode=decode_command, convert=convert_command, eval=eval_command,
-                show=show_command, bench=bench_command)
+NORMALIZER_NAMES, STYLES = ["none", *dict.fromkeys([*STEPS, *TABLES])], [*dict.fromkeys(itertools.chain(*KINDS.values()))]
+TOK = ("tok", str, "any vocabulary file, a folder with one, or a name")
+INPUT = ("input", list, ".txt, .jsonl, .jsonl.gz, folders, - for stdin")
+COMMANDS = {            # (who does it, help, flags: (name, default or, where it must be given, its type, help, choices))
+    "train": (train_command, "learn a vocabulary from text", [
+        ("model", "bbpe", "algorithm", [*KINDS]),
+        ("vocab_size", int, "tokens to learn, the base alphabet included; special tokens come on top"),
+        ("pattern", "", f"where to cut words: one of {[*PATTERNS]} or a regular expression (bbpe: cl100k)"),
+        ("tie", "hf", "which of equally frequent pairs merges first", [*TIES]),
+        ("min_frequency", 0, "merge no pair seen less often"),
+        ("max_token_length", 0, "longest token, in bytes or characters; 0: any"),
+        ("normalizer", [], "what to do to text first", NORMALIZER_NAMES),
+        ("style", "", "bpe: </w> or sp (SentencePiece); wordpiece: ## or _", STYLES),
+        ("character_coverage", 0.0, "share of the characters that get a token (sp: 0.9995, else 1)"),
+        ("byte_fallback", True, "sp: unknown characters become bytes, not <unk>"),
+        ("special", [], f"special tokens, on the ids after all others: names, roles ({', '.join(ROLES)}), sentinels=N"),
+        ("workers", 0, "processes that count; the result is the same for any number (0: one a core)"),
+        INPUT, ("out", str, "folder to write tokenizer.json to; one that is there is replaced")]),
+    "encode": (encode_command, "text on stdin to ids, a line each", [
+        TOK, ("format", "ids", "what to print", ["ids", "pieces"]),
+        ("engine", "auto", "python: the reference encoder, without tiktoken's core", ["auto", "python"]),
+        ("dropout", 0.0, "BPE-dropout: leave out merges with this probability"),
+        ("alpha", 0.0, "Unigram: sample segmentations, the more even the smaller; 0: the best one"),
+        ("nbest", -1, "with --alpha: sample from so many best ones; -1: from all"), ("seed", 0, "of the sampling"),
+        ("vocabulary", "", "subword-nmt: file of 'piece count' lines; other pieces are split up"),
+        ("vocabulary_threshold", 0, "subword-nmt: pieces of the vocabulary seen less often are split up too"),
+        ("glossaries", [], "subword-nmt: words or regular expressions that stay whole")]),
+    "decode": (decode_command, "ids on stdin, a line each, to text", [TOK]),
+    "convert": (convert_command, "write a vocabulary for another library", [
+        TOK, ("to", str, "whose file to write", [*WRITERS]), ("out", str, "file or folder")]),
+    "eval": (eval_command, "bytes per token, tokens per word, vocabulary use and round trip, by script or language", [
+        ("tok", list, "vocabularies to compare"), INPUT]),
+    "show": (show_command, "tokens, ids, and the bytes and characters of the text they stand for", [
+        TOK, ("text", "", "text to show (stdin without it)")]),
+    "bench": (bench_command, "time training and encoding against the libraries that are installed", [
+        ("input", [], "text to use (without it: the sources of Python's standard library)"),
+        ("vocab_size", 32_000, "tokens to learn"), ("pattern", "cl100k", "where to cut words", [*PATTERNS.keys() - {"deepseek"}]),
+        ("rounds", 3, "runs of each, in turn; the best counts")]),
+}
+
+
+def main(argv):
+    if not argv:
+        return demo()
+    parser = Parser(prog="tokenizer.py", description="Train, use, convert and compare tokenizers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, (_, text, flags) in COMMANDS.items():
+        add = commands.add_parser(command, help=text, description=text).add_argument
+        for name, default, text, *choices in flags:
+            needed = isinstance(default, type)
+            kind = default if needed else type(default)
+            how = dict(nargs="+") if kind is list else dict(type=READ_AS[kind])
+            how |= dict(required=True) if needed else dict(default=default)
+            add(f"--{name}", choices=(*choices, None)[0], help=text, **how)
+    args = parser.parse_args(argv)
+    COMMANDS[args.command][0](args)
+
 
 if __name__ == "__main__":
     run_cli(main)
