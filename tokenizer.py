@@ -342,38 +342,36 @@ def warn_about(report):
 
 # ---- Normalisers (which different writings count as the same text?) ----
 
+BERT_DROPS = regex.compile(r"(?![\t\n\r])[\p{Cc}\p{Cf}\p{Co}\ufffd]")
+BERT_SPACE = regex.compile(r"[\t\n\r\p{Zs}\u2028\u2029]")
+BERT_HAN = regex.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f"
+                    "\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")         # Hugging Face's ranges; BERT begins one at 2b820
+ACCENTS, CLUSTERS = regex.compile(r"\p{Mn}"), regex.compile(r"\X")
+PUNCTUATION = r"[!-/:-@\[-`{-~\p{P}]"
+
+
 def _lower(text):
     return text.replace("Σ", "σ").lower()                        # character by character: no final sigma
 
 
 def _bert(step):
     """BERT's cleaning: no control characters, one kind of space, Han characters as words, no accents, lower case."""
-    lower = step.get("lowercase", True)
+    clean, han, lower = (step.get(key, True) for key in ("clean_text", "handle_chinese_chars", "lowercase"))
     accents = lower if step.get("strip_accents") is None else step["strip_accents"]
 
     def run(text):
-        if step.get("clean_text", True):
-            text = BERT_SPACE.sub(" ", BERT_DROPS.sub("", text))
-        if step.get("handle_chinese_chars", True):
-            text = BERT_HAN.sub(r" \g<0> ", text)
-        if accents:
-            text = ACCENTS.sub("", unicodedata.normalize("NFD", text))
+        text = BERT_SPACE.sub(" ", BERT_DROPS.sub("", text)) if clean else text
+        text = BERT_HAN.sub(r" \g<0> ", text) if han else text
+        text = ACCENTS.sub("", unicodedata.normalize("NFD", text)) if accents else text
         return _lower(text) if lower else text
     return run
 
 
-BERT_DROPS = regex.compile(r"(?![\t\n\r])[\p{Cc}\p{Cf}\p{Co}\ufffd]")
-BERT_SPACE = regex.compile(r"[\t\n\r\p{Zs}\u2028\u2029]")
-BERT_HAN = regex.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f"
-                    "\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")         # Hugging Face's ranges; BERT begins one at 2b820
-ACCENTS = regex.compile(r"\p{Mn}")
-PUNCTUATION = r"[!-/:-@\[-`{-~\p{P}]"
-
-
 # A character map is the form in which SentencePiece models carry rewriting rules (225,000 in 240 kB): a trie over the
-# UTF-8 bytes of the sources, as a "double array". Every node owns a base, and its child for byte c sits in slot base ^ c. A slot is one uint32: bits 0-7 its byte c (so that a wrong guess is noticed), bit 8 "a source
-# ends here", bits 10-30 slot ^ base of the node, to be shifted left by 8 more if bit 9 is set. Where a source ends,
-# slot base ^ 0 has bit 31 and the position of the replacement among the NUL-terminated strings behind the trie.
+# UTF-8 bytes of the sources, as a "double array". Every node owns a base, and its child for byte c sits in slot base ^ c.
+# A slot is one uint32: bits 0-7 its byte c (so that a wrong guess is noticed), bit 8 "a source ends here", bits 10-30
+# slot ^ base of the node, to be shifted left by 8 more if bit 9 is set. Where a source ends, slot base ^ 0 has bit 31
+# and the position of the replacement among the NUL-terminated strings behind the trie.
 # Many slots may lead to one base: equal subtrees are stored once (the endings of all Hangul syllables, say).
 
 END = 1 << 31
@@ -384,42 +382,35 @@ def read_charsmap(blob):
     """precompiled_charsmap -> {source: replacement}; no bytes mean no rules."""
     size = int.from_bytes(blob[:4], "little")
     if blob and (size == 0 or size % 1024 or 4 + size >= len(blob) or blob[-1]):
-        raise ValueError(f"a character map of {len(blob)} bytes cannot hold a trie of {size} (a multiple of 1024) and strings "
-                         "that end in NUL: the model file is damaged")
-    slots = np.frombuffer(blob, "<u4", size // 4, 4 if blob else 0).astype(np.int64)
-    label, jump = slots & (END | 255), (slots >> 10) << (slots >> 6 & 8)
-    strings, every, known = blob[4 + size:], np.arange(1, 256), {}
+        raise ValueError(f"a character map of {len(blob)} bytes cannot hold a trie of {size} (a multiple of 1024) "
+                         "and strings that end in NUL: the model file is damaged")
+    slots = np.frombuffer(blob[4:4 + size], "<u4").astype(np.int64)
+    label, jump, strings, every = slots & (END | 255), (slots >> 10) << (slots >> 6 & 8), blob[4 + size:], np.arange(1, 256)
 
-    def below(slot):                            # [(rest of a source, its replacement)], a shared subtree read once
-        node = base, ends = int(slot ^ jump[slot]), bool(slots[slot] & 256)
-        if base | 255 >= len(slots) or known.get(node, 0) is None:
-            raise ValueError(f"slot {slot} of the character map leads out of it or in a circle: the model file is damaged")
-        if node not in known:
-            known[node] = None                  # being read: to meet it now is to walk in a circle
-            start = int(slots[base]) & END - 1
-            out = [(b"", strings[start:strings.index(0, start)].decode())] if ends else []
-            for byte in every[label[base ^ every] == every].tolist():
-                out += [(bytes([byte]) + rest, to) for rest, to in below(base ^ byte)]
-            known[node] = out
-        return known[node]
+    @functools.cache                            # a shared subtree is read once
+    def below(base, ends):                      # [(rest of a source, its replacement)]
+        start = int(slots[base]) & END - 1
+        out = [(b"", strings[start:strings.index(0, start)].decode())] if ends else []
+        for byte in every[label[base ^ every] == every].tolist():
+            out += [(bytes([byte]) + rest, to) for rest, to in from_slot(base ^ byte)]
+        return out
 
-    return {source.decode(): to for source, to in below(0)} if blob else {}
+    from_slot = lambda slot: below(slot ^ int(jump[slot]), bool(slots[slot] & 256))
+    try:
+        return {source.decode(): to for source, to in from_slot(0)} if blob else {}
+    except (IndexError, RecursionError):
+        raise ValueError("the character map leads out of itself or in a circle: the model file is damaged") from None
 
 
 def write_charsmap(table):
     """{source: replacement} -> precompiled_charsmap. First fit: the nodes with most children choose their base first."""
     if "" in table or any("\0" in source + to for source, to in table.items()):
         raise ValueError("a character map ends its strings with NUL: it cannot rewrite NUL, nor the empty string")
-    trie, at, strings = {}, {}, bytearray()
-    for source, to in table.items():
-        node = trie
-        for byte in source.encode():
-            node = node.setdefault(byte, {})
-        if to not in at:
-            at[to] = len(strings)
-            strings += to.encode() + b"\0"
-        node[0] = at[to]                        # no source holds byte 0: it is free to mean "ends"
-    numbers = {}                                # ((byte, number of the child or position of the replacement), ...) -> number
+    strings = [to.encode() + b"\0" for to in dict.fromkeys(table.values())]
+    at = dict(zip(dict.fromkeys(table.values()), itertools.accumulate(map(len, strings), initial=0)))
+    trie, numbers = {}, {}                      # numbers: ((byte, number of the child or position), ...) -> number
+    for source, to in table.items():            # no source holds byte 0: it is free to mean "ends"
+        functools.reduce(lambda node, byte: node.setdefault(byte, {}), source.encode(), trie)[0] = at[to]
 
     def share(node):
         key = tuple((byte, share(child) if byte else child) for byte, child in sorted(node.items()))
@@ -432,7 +423,7 @@ def write_charsmap(table):
         labels = np.array([byte for byte, _ in nodes[number]], int)
         for block in itertools.count(first_block[len(labels)]):
             if block == len(free):
-                free.append(np.arange(256) + block > 0)             # slot 0 is the root
+                free.append(low + block > 0)                        # slot 0 is the root
                 fresh.append(free[block].copy())
             fits = fresh[block] & free[block][low[:, None] ^ labels].all(1)
             if fits.any():
@@ -440,28 +431,27 @@ def write_charsmap(table):
         offset = int(fits.argmax())
         free[block][offset ^ labels] = fresh[block][offset] = False
         base[number], first_block[len(labels)] = block << 8 | offset, block
-    slots = np.full(256 * len(free), END, "<u4")                    # an empty slot matches no byte
+    slots = np.full(256 * len(free), END, "<u4")                  # an empty slot matches no byte
     if len(slots) > 1 << 21:
         raise ValueError(f"{len(table)} rules need {len(slots)} slots: 2,097,152 is what bits 10-30 address")
-    for slot, byte, child in [(0, 0, root)] + [(base[n] ^ byte, byte, child) for n, node in enumerate(nodes) for byte, child in node]:
-        if slot and not byte:
-            slots[slot] = END | child
-        else:
-            slots[slot] = byte | any(b == 0 for b, _ in nodes[child]) << 8 | (slot ^ base[child]) << 10
-    return struct.pack("<I", slots.nbytes) + slots.tobytes() + bytes(strings) if table else b""
+    below = ((base[n] ^ byte, byte, child) for n, node in enumerate(nodes) for byte, child in node)
+    for slot, byte, child in [(0, 0, root), *below]:
+        slots[slot] = (END | child if slot and not byte else
+                       byte | any(b == 0 for b, _ in nodes[child]) << 8 | (slot ^ base[child]) << 10)
+    return struct.pack("<I", slots.nbytes) + slots.tobytes() + b"".join(strings) if table else b""
 
 
 def longest_sources(table):
+    """{first character: length of the longest source that it begins}"""
     return {source[0]: len(source) for source in sorted(table, key=len)}
 
 
 def rewrite(text, table, longest):
-    """Left to right, at each place the longest source that fits. longest: first character -> longest source it starts."""
+    """Left to right, at each place the longest source that fits."""
     out, at = [], 0
     while at < len(text):
         for size in range(min(longest.get(text[at], 1), len(text) - at), 0, -1):
-            to = table.get(text[at:at + size])
-            if to is not None:
+            if (to := table.get(text[at:at + size])) is not None:
                 break
         out.append(text[at] if to is None else to)
         at += size
@@ -474,39 +464,33 @@ def nfkc_table(nmt=False):
 
     A rule for each character that NFKC changes, and for each sequence that it composes, spelt with any characters that
     stand for its parts: three kinds of jamo spell a Hangul syllable in up to 27 ways, which fills most of the table."""
-    table, spellings, sequences = {}, {}, set()
+    nfkc, table, spellings, sequences = functools.partial(unicodedata.normalize, "NFKC"), {}, {}, set()
     for c in map(chr, itertools.chain(range(1, 0xD800), range(0xE000, 0x110000))):
-        if unicodedata.normalize("NFKC", c) != c:
-            table[c] = unicodedata.normalize("NFKC", c)
         parts = unicodedata.normalize("NFKD", c)
+        if (to := nfkc(c)) != c:
+            table[c] = to
         if len(parts) == 1:
             spellings.setdefault(parts, []).append(c)
         else:
             sequences.add(parts)
     for parts in sorted(sequences):                              # a set's order differs from run to run
-        to = unicodedata.normalize("NFKC", parts)
-        if to != parts:
+        if (to := nfkc(parts)) != parts:
             spelt = map("".join, itertools.product(*(spellings.get(c, c) for c in parts)))
             table.update((source, to) for source in spelt if source != to)
     if nmt:                                     # for machine translation: white space is a space, controls are nothing
         table |= dict.fromkeys("\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u2581\ufeff\ufffd", " ")
         table |= dict.fromkeys(map(chr, [*range(1, 9), 11, *range(14, 32), 0x7F, 0x8F, 0x9F]), "")
         del table["\uff5e"]                     # the wide tilde is a character of its own in Japanese
-    return drop_redundant(table)
-
-
-def drop_redundant(table):
-    """Without the rules whose result the shorter rules give anyway."""
     kept, longest = {}, longest_sources(table)
-    for size, sources in itertools.groupby(sorted(table, key=len), len):
-        kept |= {s: table[s] for s in [*sources] if size == 1 or rewrite(s, kept, longest) != table[s]}
+    for size, sources in itertools.groupby(sorted(table, key=len), len):        # without what the shorter rules give anyway
+        kept |= {s: table[s] for s in sources if size == 1 or rewrite(s, kept, longest) != table[s]}
     return kept
 
 
 def make_normalizer(table):
     """text -> text by the rules, at the speed of a regular expression where nothing can change."""
     if not table:
-        return lambda text: text
+        return str
     # A source is one character and then hot ones. So no source crosses the end of a run of hot characters, nor the
     # place one character before it: what lies between these two is rewritten by itself.
     hot = sorted({c for source in table for c in source[1:] or source if c < "\U00010000"})
@@ -518,7 +502,8 @@ def make_normalizer(table):
         out, done = [], 0
         for run in runs.finditer(text):
             start, end = max(run.start() - 1, done), run.end()
-            out += text[done:start], remember(text[start:end]) if end - start < 32 else rewrite(text[start:end], table, longest)
+            part = text[start:end]
+            out += text[done:start], remember(part) if end - start < 32 else rewrite(part, table, longest)
             done = end
         return "".join(out) + text[done:]
     return normalizer
@@ -528,33 +513,14 @@ def charsmap(blob, longest_match):
     """A character map at work: in SentencePiece the longest source wins wherever it stands; in Hugging Face's step the
     shortest that begins a grapheme of less than 6 bytes replaces all of it, else each character goes by itself."""
     table = read_charsmap(blob)
-    if longest_match:
-        return make_normalizer(table)
 
     def grapheme(match):
-        text = match[0]
-        if len(text.encode("utf-8", "surrogatepass")) < 6:
-            for end in range(1, len(text) + 1):
-                if text[:end] in table:
-                    return table[text[:end]]
-        return "".join(table.get(c, c) for c in text)
-
-    return lambda text: CLUSTERS.sub(grapheme, text)
-
-
-CLUSTERS = regex.compile(r"\X")
-
-
-def _strip(step):
-    left, right = step.get("strip_left", True), step.get("strip_right", True)
-    return {(True, True): str.strip, (True, False): str.lstrip, (False, True): str.rstrip}.get((left, right), str)
-
-
-def _replace(step):
-    find, content = regex_of(step["pattern"]), step["content"]
-    if "String" in step["pattern"]:
-        return lambda text: text.replace(step["pattern"]["String"], content)
-    return lambda text: find.sub(lambda _: content, text)
+        if len(match[0].encode("utf-8", "surrogatepass")) < 6:
+            for start in itertools.accumulate(match[0]):
+                if start in table:
+                    return table[start]
+        return "".join(table.get(c, c) for c in match[0])
+    return make_normalizer(table) if longest_match else functools.partial(CLUSTERS.sub, grapheme)
 
 
 def regex_of(pattern):
@@ -562,12 +528,19 @@ def regex_of(pattern):
     return compiled(pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"]))
 
 
+def _replace(step):
+    if "String" in step["pattern"]:
+        return operator.methodcaller("replace", step["pattern"]["String"], step["content"])
+    return functools.partial(regex_of(step["pattern"]).sub, lambda _: step["content"])
+
+
 NORMALIZERS = {                      # the steps of tokenizer.json, each giving str -> str
     **{form: lambda step: functools.partial(unicodedata.normalize, step["type"]) for form in ("NFC", "NFD", "NFKC", "NFKD")},
     "Lowercase": lambda step: _lower,
     "StripAccents": lambda step: functools.partial(regex.compile(r"\p{M}").sub, ""),
     "BertNormalizer": _bert,
-    "Strip": _strip,
+    "Strip": lambda step: (str, str.rstrip, str.lstrip, str.strip)[
+        2 * step.get("strip_left", True) + step.get("strip_right", True)],
     "Replace": _replace,
     "Prepend": lambda step: lambda text: step["prepend"] + text if text else text,
     "Precompiled": lambda step: charsmap(base64.b64decode(step["precompiled_charsmap"]), step.get("longest_match", False)),
@@ -1276,8 +1249,8 @@ class Hypothesis:
     """A walk known from `start` to the end of the text, and `bound`, the score of its best completion."""
     __slots__ = "start", "tail", "bound", "after"
 
-    def __init__(self, start, tail, bound, after):
-        self.start, self.tail, self.bound, self.after = start, tail, bound, after
+    def __init__(self, *values):
+        self.start, self.tail, self.bound, self.after = values
 
     def __lt__(self, other):       # nothing else breaks ties: heapq then pops equal bounds in the library's order
         return self.bound > other.bound
@@ -1293,23 +1266,22 @@ class Unigram(Model):
 
     def __init__(self, pieces, unk_id, byte_fallback=False, never=(), users=(), single=False):
         self.never, self.users, never, users = sorted(never), sorted(users), set(never), set(users)
-        self.pieces, self.unk_id, self.byte_fallback = [tuple(piece) for piece in pieces], unk_id, bool(byte_fallback)
+        self.pieces, self.unk_id = [*map(tuple, pieces)], unk_id
+        self.byte_fallback, self.single = bool(byte_fallback), single
         self.vocab = {token: i for i, (token, _) in enumerate(self.pieces)}
         self.unk = self.pieces[unk_id][0] if unk_id is not None else ""
         self.kind, self.round = ("f", float32) if single else ("d", float)
-        self.single, normal = single, [score for i, (_, score) in enumerate(self.pieces) if i not in never and i not in users]
+        normal = [score for i, (_, score) in enumerate(self.pieces) if i not in never and i not in users]
         self.unk_score = self.round(self.round(min(normal, default=0.0)) - 10.0)
         self.score = {token: self.round(0.1 * (len(token.encode()) - 1) if i in users else score)
                       for i, (token, score) in enumerate(self.pieces) if i not in never}
         self.longest = max(map(len, self.score), default=1)
         self.trie = {}                                    # character -> [score of the piece that ends here, children]
         for token, score in self.score.items():
-            children = self.trie
+            node = [None, self.trie]
             for char in token:
-                node = children.setdefault(char, [None, {}])
-                children = node[1]
-            if token:
-                node[0] = score
+                node = node[1].setdefault(char, [None, {}])
+            node[0] = score
 
     @functools.cached_property
     def words(self):
@@ -1366,15 +1338,12 @@ class Unigram(Model):
         return ends
 
     def nbest(self, text, n):
-        """The n best walks as (pieces, score), by A* from the end of the text.                   [SR sec 3.3]
-
-        The best score of every beginning of the text is known, so walks complete in order of their scores.
-        """
-        ends = self.edges(text)
+        """The n best walks as (pieces, score), by A* from the end of the text: the best score of every beginning of the
+        text is known, so walks complete in order of their scores.                             [SR sec 3.3]"""
+        ends, best = self.edges(text), array(self.kind, [0.0])
+        for arriving in ends[1:]:
+            best.append(max(best[start] + score for start, score in arriving))
         ends[0] = [(-1, 0.0)]                            # one step off the text completes a walk
-        best = array(self.kind, [0.0]) * len(ends)
-        for end in range(1, len(ends)):
-            best[end] = max(best[start] + score for start, score in ends[end])
         agenda, walks = [Hypothesis(len(text), 0.0, best[-1], None)], []
         while agenda and len(walks) < n:
             last = heapq.heappop(agenda)
@@ -1402,10 +1371,8 @@ class Unigram(Model):
         return total
 
     def sample(self, text, alpha, rng, nbest=-1):
-        """A walk drawn in proportion to P(walk)^alpha, among the nbest best walks or, if -1, among all.
-
-        `rng` is a random.Random. Over all walks: sums forward, then draws backward from the end. [SR sec 3.3]
-        """
+        """A walk drawn in proportion to P(walk)^alpha, among the nbest best walks or, if -1, among all: then sums go
+        forward, and draws by rng (a random.Random) backward from the end.                      [SR sec 3.3]"""
         if nbest in (0, 1):
             return self.viterbi(text)[0]
         if nbest > 1:
@@ -1426,12 +1393,11 @@ class Unigram(Model):
 class Lattices:
     """All segmentations of all words as arrays, so that a numpy call serves one place of every word.
 
-    A node is a place between the characters of a word. With the longest word first, and nodes numbered by
-    place, then by word, the nodes of a place are a slice, and the place after node v is v + hop[v]. An edge
-    is a piece where it occurs; edges are sorted by their end: at v end first[v] <= edge < first[v + 1].
+    A node is a place between the characters of a word. With the longest word first, and nodes numbered by place, then by
+    word, the nodes of a place are a slice, and the place after node v is v + hop[v]. An edge is a piece where it occurs;
+    edges are sorted by their end: at v end first[v] <= edge < first[v + 1].
 
-    Letters: W words, T places, N nodes, E edges, P pieces.
-    """
+    Letters: W words, T places, N nodes, E edges, P pieces."""
 
     def __init__(self, size_W, weight_W):
         self.weight_W = weight_W
@@ -1442,12 +1408,11 @@ class Lattices:
         self.end_W = self.offset_T[size_W] + np.arange(len(size_W))
 
     def set_edges(self, start_E, piece_E, degree_N):
-        self.start_E, self.piece_E = start_E, piece_E
-        self.first_N = np.concatenate([[0], np.cumsum(degree_N)])
+        self.start_E, self.piece_E, self.first_N = start_E, piece_E, np.concatenate([[0], np.cumsum(degree_N)])
 
-    def places(self, backward=False):
+    def places(self, step=1):
         """For every place but the first: its slices of nodes and edges, edges per node, each node's first."""
-        for t in range(1, len(self.width_T) - 1)[::-1 if backward else 1]:
+        for t in range(1, len(self.width_T) - 1)[::step]:
             nodes = slice(self.offset_T[t], self.offset_T[t] + self.width_T[t])
             first = self.first_N[nodes.start:nodes.stop + 1]
             yield nodes, slice(first[0], first[-1]), np.diff(first), first[:-1] - first[0]
@@ -1456,16 +1421,14 @@ class Lattices:
         """How often each piece occurs, over all walks of all words; and the log likelihood of the words.
 
         Forward, alpha is the log of the sum over all walks to a node, and share an edge's part in it.
-        Backward, the walks through a node (at a word's end: its count) divide among its edges by the shares.
-        """
-        alpha_N, share_E = np.zeros(len(self.hop_N)), np.empty(len(self.start_E))
+        Backward, the walks through a node (at a word's end: its count) divide among its edges by the shares."""
+        alpha_N, passing_N, share_E = np.zeros(len(self.hop_N)), np.zeros(len(self.hop_N)), np.empty(len(self.start_E))
         for nodes, edges, degree, first in self.places():
             score = alpha_N[self.start_E[edges]] + score_P[self.piece_E[edges]]
             alpha_N[nodes] = np.logaddexp.reduceat(score, first)
             share_E[edges] = np.exp(score - np.repeat(alpha_N[nodes], degree))
-        passing_N = np.zeros(len(self.hop_N))
         passing_N[self.end_W] = self.weight_W
-        for nodes, edges, degree, first in self.places(backward=True):
+        for nodes, edges, degree, _ in self.places(-1):
             share_E[edges] *= np.repeat(passing_N[nodes], degree)
             np.add.at(passing_N, self.start_E[edges], share_E[edges])
         return np.bincount(self.piece_E, share_E, len(score_P)), self.weight_W @ alpha_N[self.end_W]
@@ -1492,26 +1455,24 @@ class UnigramTrainer:
 
     def __init__(self, words, max_piece_length, seed_size):
         words = sorted(words.items(), key=lambda item: (-len(item[0]), item[0]))
-        size_W = np.array([len(word) for word, _ in words])
-        self.lattices = Lattices(size_W, np.array([count for _, count in words], dtype=np.float64))
-        text = "".join(word for word, _ in words).encode("utf-32-le", "surrogatepass")
-        self.alphabet, code_C = np.unique(np.frombuffer(text, np.uint32), return_inverse=True)
-        place_N = np.repeat(np.arange(len(self.lattices.width_T)), self.lattices.width_T)
-        begin_N = (np.cumsum(size_W) - size_W)[self.lattices.word_N]
-        inside_N = place_N < size_W[self.lattices.word_N]
+        size_W, self.text = np.array([len(word) for word, _ in words]), "".join(word for word, _ in words)
+        self.lattices = its = Lattices(size_W, np.array([count for _, count in words], dtype=np.float64))
+        code_C = np.unique(np.frombuffer(self.text.encode("utf-32-le", "surrogatepass"), np.uint32), return_inverse=True)[1]
+        place_N = np.repeat(np.arange(len(its.width_T)), its.width_T)
+        inside_N = place_N < size_W[its.word_N]
+        self.at_N = ((np.cumsum(size_W) - size_W)[its.word_N] + place_N).astype(np.int32)      # in the text
         self.char_N = np.full(len(place_N), -1, np.int32)          # the character after a node, -1 at an end
-        self.char_N[inside_N] = code_C[(begin_N + place_N)[inside_N]]
+        self.char_N[inside_N] = code_C[self.at_N[inside_N]]
         self.seed(list(self.substrings(max_piece_length)), seed_size)
 
     def substrings(self, longest):
         """For every length the substrings that occur twice: all occurrences (start, end, name), and counts.
 
-        A substring is named by the name of all but its last character, and that character. The rare ones are
-        dropped at every length, so that what is left to sort shrinks fast.
-        """
+        A substring is named by the name of all but its last character, and that character. The rare ones are dropped at
+        every length, so that what is left to sort shrinks fast."""
         weight_W, word_N, hop_N = self.lattices.weight_W, self.lattices.word_N, self.lattices.hop_N
         start = np.flatnonzero(self.char_N >= 0).astype(np.int32)
-        end, name = start + hop_N[start], self.char_N[start]
+        end, name, letters = start + hop_N[start], self.char_N[start], int(self.char_N.max()) + 1
         for length in range(1, longest + 1):
             count = np.bincount(name, weight_W[word_N[start]])
             if length > 1:                                             # every character stays, however rare
@@ -1523,7 +1484,7 @@ class UnigramTrainer:
             yield start, end, name, count
             going = self.char_N[end] >= 0
             start, end, name = start[going], end[going], name[going].astype(np.int64)
-            name = np.unique(name * len(self.alphabet) + self.char_N[end], return_inverse=True)[1]
+            name = np.unique(name * letters + self.char_N[end], return_inverse=True)[1]
             end = end + hop_N[end]
 
     def seed(self, levels, seed_size):
@@ -1542,8 +1503,7 @@ class UnigramTrainer:
             levels[i] = start, end, piece = [part[piece >= 0] for part in (start, end, piece)]
             self.start[piece] = start
             degree_N[end] += 1
-        slot_N = np.cumsum(degree_N) - degree_N
-        start_E, piece_E = np.empty(degree_N.sum(), np.int32), np.empty(degree_N.sum(), np.int32)
+        slot_N, start_E, piece_E = np.cumsum(degree_N) - degree_N, *np.empty((2, degree_N.sum()), np.int32)
         for start, end, piece in levels:                       # at a node ends at most one piece of a length
             start_E[slot_N[end]], piece_E[slot_N[end]] = start, piece
             slot_N[end] += 1
@@ -1551,24 +1511,21 @@ class UnigramTrainer:
 
     def keep(self, kept):
         """Forget the pieces where `kept` is False, and number the others anew."""
-        self.start, self.length, self.score = self.start[kept], self.length[kept], self.score[kept]
-        kept_E = kept[self.lattices.piece_E]
-        degree_N = np.diff(np.concatenate([[0], np.cumsum(kept_E)])[self.lattices.first_N])
-        piece_E = (np.cumsum(kept, dtype=np.int32) - 1)[self.lattices.piece_E[kept_E]]
-        self.lattices.set_edges(self.lattices.start_E[kept_E], piece_E, degree_N)
+        self.start, self.length, self.score, its = self.start[kept], self.length[kept], self.score[kept], self.lattices
+        kept_E = kept[its.piece_E]
+        degree_N = np.diff(np.concatenate([[0], np.cumsum(kept_E)])[its.first_N])
+        its.set_edges(its.start_E[kept_E], (np.cumsum(kept, dtype=np.int32) - 1)[its.piece_E[kept_E]], degree_N)
 
     def step(self, vocab_size):
         """A round of EM. Digamma in place of log is a sparse prior: it punishes rare pieces."""
-        count, likelihood = self.lattices.expected_counts(self.score)
-        enough = min(0.5, np.sort(count)[max(len(count) - vocab_size, 0)])
-        kept = (count >= enough) | (self.length == 1)
+        count, _ = self.lattices.expected_counts(self.score)
+        kept = (count >= min(0.5, np.sort(count)[max(len(count) - vocab_size, 0)])) | (self.length == 1)
         self.keep(kept)
         count = np.maximum(count[kept], 0.5)
         self.score = digamma(count) - digamma(count.sum())
-        return likelihood
 
     def pieces_inside(self):
-        """The lattices of the longer pieces themselves, without the edge that is the whole piece."""
+        """The longer pieces, and their own lattices, without the edge that is the whole piece."""
         row = np.argsort(-self.length, kind="stable")[:np.count_nonzero(self.length > 1)]
         inner, outer = Lattices(self.length[row], np.ones(len(row))), self.lattices
         node, starts, pieces, degrees = self.start[row], [], [], [np.zeros(len(row), np.int64)]
@@ -1584,15 +1541,14 @@ class UnigramTrainer:
             starts.append((inner.offset_T[t - span] + which).astype(np.int32))
             pieces.append(outer.piece_E[edge])
             degrees.append(np.bincount(which, minlength=len(node)))
-        inner.set_edges(np.concatenate(starts), np.concatenate(pieces), np.concatenate(degrees))
+        inner.set_edges(*map(np.concatenate, (starts, pieces, degrees)))
         return row, inner
 
     def prune(self, size):
         """Keep the characters, and of the other pieces those that the likelihood needs most.     [SR sec 3.2]
 
         Without piece x, each of its count(x) uses falls to the best walk through others, y_1 .. y_M, whose
-        counts grow by count(x). The loss is about count(x) (log p(x) - sum_i log p'(y_i)), p' as they grew.
-        """
+        counts grow by count(x). The loss is about count(x) (log p(x) - sum_i log p'(y_i)), p' as they grew."""
         count = np.zeros(len(self.score))
         for word, piece in self.lattices.best_walks(self.score)[1]:
             count += np.bincount(piece, self.lattices.weight_W[word], len(count))
@@ -1611,13 +1567,9 @@ class UnigramTrainer:
         self.keep(kept)
 
     def pieces(self):
-        """[(text, score)], the texts read off the words where the pieces occur."""
-        texts = [""] * len(self.start)
-        for i, (node, length) in enumerate(zip(self.start, self.length)):
-            for _ in range(length):
-                texts[i] += chr(self.alphabet[self.char_N[node]])
-                node += self.lattices.hop_N[node]
-        return list(zip(texts, self.score.tolist()))
+        """[(text, score)]"""
+        spans = zip(self.at_N[self.start].tolist(), self.length.tolist(), self.score.tolist())
+        return [(self.text[at:at + length], score) for at, length, score in spans]
 
 
 def digamma(x):
@@ -1626,22 +1578,21 @@ def digamma(x):
     return np.log(z) - 0.5 / z - y * (1 / 12 - y * (1 / 120 - y / 252)) - sum(1 / (x + k) for k in range(6))
 
 
-def train_unigram(words, vocab_size, alphabet, max_piece_length=16, seed_size=1_000_000, shrink=0.75, steps=2, progress=None):
+def train_unigram(words, vocab_size, alphabet, progress=None):
     """{word with its ▁: count} -> vocab_size pieces (token, log probability), the most probable first; less where the text
     holds fewer substrings twice. No piece reaches across words, which may be whole sentences, nor beyond the alphabet."""
-    parts = Counter(dict.fromkeys(alphabet, 0))
-    parts.update(words)
-    trainer = UnigramTrainer(parts, max_piece_length, seed_size)
+    trainer = UnigramTrainer({**dict.fromkeys(alphabet, 0), **words}, 16, 1_000_000)
     seeds = len(trainer.score)
     while True:
-        for _ in range(steps):
-            trainer.step(vocab_size)
+        trainer.step(vocab_size)
+        trainer.step(vocab_size)
         if len(trainer.score) <= vocab_size:
             # scores in steps of 1/256: float32 (SentencePiece) and float64 (Hugging Face) then add them up alike, ties too
-            return sorted(((piece, round(score * 256) / 256) for piece, score in trainer.pieces()), key=lambda item: (-item[1], item[0]))
+            pieces = [(piece, round(score * 256) / 256) for piece, score in trainer.pieces()]
+            return sorted(pieces, key=lambda item: (-item[1], item[0]))
         if progress:
             progress("pruning pieces", seeds - len(trainer.score), seeds - vocab_size)
-        trainer.prune(max(vocab_size, int(shrink * len(trainer.score))))
+        trainer.prune(max(vocab_size, int(0.75 * len(trainer.score))))
 
 
 # ---- Tokenizer (the contract: normalise, cut, look up, and back) ----
@@ -2025,65 +1976,56 @@ def not_a_model(at, why):
     return ValueError(f"byte {at}: {why}; this is no SentencePiece .model file, or a truncated or damaged one")
 
 
-def read_varint(data, at, end):
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= end:
-            raise not_a_model(at, "the data ends inside a number")
+def read_varint(data, at):
+    value = shift = 0
+    while at < len(data) and shift < 70:
         value |= (data[at] & 127) << shift
-        at += 1
+        at, shift = at + 1, shift + 7
         if data[at - 1] < 128:
             return value, at
-    raise not_a_model(at, "a number is longer than ten bytes")
+    raise not_a_model(at, "the data ends inside a number, or the number is longer than ten bytes")
 
 
-def read_message(data, at, end, fields):
-    """data[at:end] as {name: value}, defaults filled in. Only pieces repeat: they come as a list of tuples."""
-    out = {name: [] if kind is PIECE else default for name, kind, default in fields.values()}
-    while at < end:
-        start = at
-        key, at = read_varint(data, at, end)
-        name, kind, _ = fields.get(key >> 3, ("", None, None))
-        wire = key & 7
-        if wire == 0:
-            value, at = read_varint(data, at, end)
-        elif wire in (1, 2, 5):
-            size, at = read_varint(data, at, end) if wire == 2 else (8 if wire == 1 else 4, at)
-            value, at = data[at:at + size], at + size
+def read_message(data, fields):
+    """The bytes of a message as {name: value}, defaults filled in. Only pieces repeat: they come as a list of tuples."""
+    out, at = {name: [] if kind is PIECE else default for name, kind, default in fields.values()}, 0
+    while at < len(data):
+        start, (key, at) = at, read_varint(data, at)
+        number, wire = key >> 3, key & 7
+        name, kind, _ = fields.get(number, ("", None, None))
         if wire not in (0, 1, 2, 5) or kind and wire != (0 if kind in (int, bool) else 5 if kind is float else 2):
-            raise not_a_model(start, f"field {key >> 3} has wire type {wire}")
-        if at > end:
-            raise not_a_model(start, f"field {key >> 3} is to fill {size} bytes where {end - at + size} are left")
-        if not kind and fields is MODEL and key >> 3 != 4 and key >> 3 < 200:       # 4 is self-test data, 200 extensions
-            raise not_a_model(start, f"a model has no field {key >> 3}")
+            raise not_a_model(start, f"field {number} has wire type {wire}")
+        value, at = read_varint(data, at) if wire in (0, 2) else (8 if wire == 1 else 4, at)
+        if wire:                                                    # so far a size
+            value, at = data[at:at + value], at + value
+        if at > len(data):
+            raise not_a_model(start, f"field {number} is to fill {at - len(data)} bytes more than there are")
+        if not kind and fields is MODEL and number != 4 and number < 200:           # 4 is self-test data, 200 extensions
+            raise not_a_model(start, f"a model has no field {number}")
         if kind is PIECE:
-            out[name].append(tuple(read_message(value, 0, size, PIECE).values()))
-        elif isinstance(kind, dict):
-            out[name] = read_message(value, 0, size, kind)
-        elif kind is float:
-            out[name] = struct.unpack("<f", value)[0]
-        elif kind is str:
-            try:
-                out[name] = value.decode()
-            except UnicodeDecodeError:
-                raise not_a_model(start, f"{name} is not UTF-8") from None
+            out[name].append(tuple(read_message(value, PIECE).values()))
         elif kind:
-            out[name] = kind(value) if kind is not int else (value + (1 << 31) & (1 << 32) - 1) - (1 << 31)   # int32
+            out[name] = (read_message(value, kind) if isinstance(kind, dict) else value.decode() if kind is str else
+                         struct.unpack("<f", value)[0] if kind is float else kind(value) if kind is not int else
+                         (value + (1 << 31) & (1 << 32) - 1) - (1 << 31))           # int32
     return out
 
 
 def check_pieces(pieces):
     """What decoding relies on, and the library demands: a text names one piece, and one piece stands for the unknown."""
     texts = Counter((text, kind in (UNKNOWN, CONTROL, BYTE)) for text, _, kind in pieces)
-    if "" in {text for text, _ in texts} or max(texts.values(), default=0) > 1:
-        raise ValueError(f"pieces must differ and not be empty: {[t for (t, _), n in texts.items() if not t or n > 1][:5]}")
+    if bad := [text for (text, _), n in texts.items() if not text or n > 1]:
+        raise ValueError(f"pieces must differ and not be empty: {bad[:5]}")
     if sum(kind == UNKNOWN for _, _, kind in pieces) != 1:
         raise ValueError("a model has exactly one piece of type 2, which stands for all that no other piece covers")
 
 
 def read_model(data):
     """The bytes of a .model file -> {"pieces": [(text, score, type)], "trainer_spec": {...}, "normalizer_spec": {...}}."""
-    model = read_message(bytes(data), 0, len(data), MODEL)
+    try:
+        model = read_message(bytes(data), MODEL)
+    except UnicodeDecodeError as error:
+        raise not_a_model(error.start, f"{error.object[:40]} is not UTF-8") from None
     for name in ("pieces", "trainer_spec", "normalizer_spec"):      # files hold them in this order: a cut one lacks the last
         if not model[name]:
             raise not_a_model(len(data), f"the data ends before any {name}")
@@ -2093,11 +2035,7 @@ def read_model(data):
 
 def varint(value):
     value &= (1 << 64) - 1                                          # -1 travels as ten bytes of two's complement
-    out = []
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
 
 
 def write_message(values, fields):
@@ -2105,13 +2043,14 @@ def write_message(values, fields):
     out = []
     for number, (name, kind, default) in fields.items():
         value = values.get(name, default)
-        if kind in (int, bool) and value != default:
+        if value == default:
+            continue
+        if kind in (int, bool):
             out += varint(number << 3), varint(int(value))
-        elif kind is float and value != default:
+        elif kind is float:
             out += varint(number << 3 | 5), struct.pack("<f", value)
-        elif value != default:
-            parts = [dict(zip(("text", "score", "type"), piece)) for piece in value] if kind is PIECE else [value]
-            for part in parts:
+        else:
+            for part in [dict(zip(("text", "score", "type"), piece)) for piece in value] if kind is PIECE else [value]:
                 body = write_message(part, kind) if isinstance(kind, dict) else part.encode() if kind is str else part
                 out += varint(number << 3 | 2), varint(len(body)), body
     return b"".join(out)
@@ -2122,15 +2061,11 @@ def write_model(pieces, trainer_spec, normalizer_spec, **more):
     check_pieces(pieces)
     if (sum(kind == BYTE for _, _, kind in pieces) == 256) != trainer_spec.get("byte_fallback", False):
         raise ValueError("byte_fallback=True and 256 pieces <0x00>...<0xFF> of type 6 need each other: give both or neither")
-    unk_id = next(i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN)
-    trainer_spec = {**trainer_spec, "vocab_size": len(pieces), "unk_id": unk_id}
+    trainer_spec = trainer_spec | dict(vocab_size=len(pieces), unk_id=[kind for _, _, kind in pieces].index(UNKNOWN))
+    normalizer_spec = normalizer_spec | dict(name=normalizer_spec.get("name") or "identity")
     # The library wants a spec to be there even if all is default: model_type and name are written in any case.
-    trainer = write_message(trainer_spec, {**TRAINER, 3: ("model_type", int, 0)})
-    normalizer = write_message({**normalizer_spec, "name": normalizer_spec.get("name") or "identity"}, NORMALIZER)
-    out = [write_message({"pieces": pieces}, MODEL)]
-    for number, body in ((2, trainer), (3, normalizer), (5, write_message(more.get("denormalizer_spec", {}), NORMALIZER))):
-        out += [varint(number << 3 | 2), varint(len(body)), body] if body else []
-    return b"".join(out)
+    return write_message(dict(pieces=pieces, trainer_spec=trainer_spec, normalizer_spec=normalizer_spec, **more),
+                         {**MODEL, 2: ("trainer_spec", {**TRAINER, 3: ("model_type", int, 0)}, {})})
 
 
 # ---- Vocabulary files (whose file is this, and how is it written?) ----

@@ -266,7 +266,7 @@ def walks(text, score):
 
 def small_unigram(seed, single=False):
     draw = random.Random(seed)
-    pieces = ["<unk>", *"abc", *{"".join(draw.choice("abc") for _ in range(draw.randint(2, 4))) for _ in range(12)}]
+    pieces = ["<unk>", *"abc", *sorted({"".join(draw.choice("abc") for _ in range(draw.randint(2, 4))) for _ in range(12)})]
     return T.Unigram([(piece, -draw.uniform(1, 8)) for piece in pieces], 0, never=[0], single=single)
 
 
