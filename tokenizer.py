@@ -1626,18 +1626,18 @@ def special_names(wanted):
 
 
 class Cache(dict):
-    """word -> ids, found out when a word comes by for the first time."""
+    """word -> what `find` gives for it, found out when a word comes by for the first time."""
 
-    def __init__(self, segment):
-        self.segment = segment
+    def __init__(self, find):
+        self.find = find
 
     def __missing__(self, word):
         if len(self) > 200_000:
             self.clear()
-        ids = [i for _, ids in self.segment(word) for i in ids]
+        found = self.find(word)
         if len(word) < 1000:
-            self[word] = ids
-        return ids
+            self[word] = found
+        return found
 
 
 def trie_regex(words):
@@ -1669,7 +1669,7 @@ class Tokenizer:
         self.always = [token for token in self.added if not token.get("special")]
         self._normalize = [step_of(NORMALIZERS, step) for step in self.normalizer if not step.get("theirs")]
         self._cut = [*filter(None, (step_of(CUTS, step) for step in self.cut))]
-        self.cache, self._finders = Cache(model.segment), {}
+        self.cache, self._finders = Cache(lambda word: [i for _, ids in model.segment(word) for i in ids]), {}
 
     @functools.cached_property
     def bytes_of(self):
@@ -2726,14 +2726,20 @@ def demo():
     print("sampled:   " + " | ".join(" ".join(map(tok.pieces.get, ids)) for ids in sampled))
 
 
+def marked_parts(tok, word):
+    """The parts of a word as subword-nmt prints them: all but the last end in @@."""
+    parts = [part.removesuffix(tok.model.end) for each in tok.words(word) for part, _ in tok.model.segment(each)]
+    return [part + "@@" for part in parts[:-1]] + parts[-1:]
+
+
 def pieces_of(tok, text):
-    """What the tokens of a text look like: the parts of words as subword-nmt prints them, else as the vocabulary has them,
-    SentencePiece's unknown text as it stands."""
+    """What the tokens of a text look like: parts of words with @@ where the model marks the ends of words, else as the
+    vocabulary has them, SentencePiece's unknown text as it stands."""
+    if tok.model.end:
+        known = tok.__dict__.setdefault("marked", Cache(functools.partial(marked_parts, tok)))
+        return [*itertools.chain.from_iterable(map(known.__getitem__, compiled(LINE_WORDS).findall(text)))]
     found = []
-    for word in regex.findall(LINE_WORDS, text) if tok.model.end else ():
-        parts = [part.removesuffix(tok.model.end) for each in tok.words(word) for part, _ in tok.model.segment(each)]
-        found += [part + "@@" for part in parts[:-1]] + parts[-1:]
-    for part, token in () if tok.model.end else tok.sections(text):
+    for part, token in tok.sections(text):
         for piece, ids in [(part, [token["id"]])] if token else itertools.chain(*map(tok.model.segment, tok.words(part))):
             names = [tok.pieces[i] for i in ids]
             found += [piece] if names == [tok.model.unk] and tok.spelling == "▁" else names
