@@ -1201,7 +1201,7 @@ class PairTable:
         return int(self.weight[places].sum()), rows + self.change(np.unique(np.concatenate([places, self.before[places]])), +1)
 
 
-def learn_wordpiece(words, vocab_size, alphabet, prefix="##", min_frequency=0, progress=None):
+def learn_wordpiece(words, vocab_size, alphabet, prefix="##", min_frequency=0, longest=0, progress=None):
     """Add tokens to the `alphabet` until there are vocab_size; returns {token: id}. words: {word: count}.
 
     The pair with the highest score count(ab) / (count(a) · count(b)) merges, as a double; of equal ones the smallest
@@ -1213,7 +1213,7 @@ def learn_wordpiece(words, vocab_size, alphabet, prefix="##", min_frequency=0, p
     split = [[vocab.get(word[0], -1), *(vocab.get(prefix + c, -1) for c in word[1:])] for word in words]
     table = PairTable(split, list(words.values()))
     seen = table.sym >= 0
-    count, score = np.zeros(vocab_size + 1, np.int64), np.zeros(len(table.count))
+    count, score, size = np.zeros(vocab_size + 1, np.int64), np.zeros(len(table.count)), np.ones(vocab_size + 1, np.int64)
     np.add.at(count, table.sym[seen], table.weight[seen])
     changed = np.arange(len(table.places))
     while True:
@@ -1221,6 +1221,8 @@ def learn_wordpiece(words, vocab_size, alphabet, prefix="##", min_frequency=0, p
             score = np.concatenate([score, np.zeros(len(table.count) - len(score))])
         n, (left, right) = table.count[changed], table.pair[changed].T
         enough = n >= max(1, min_frequency)
+        if longest:
+            enough &= size[left] + size[right] <= longest
         score[changed] = np.where(enough, n / np.maximum(count[left] * count[right], 1), 0)
         top = score.max()
         if len(vocab) >= vocab_size or top == 0:
@@ -1230,6 +1232,7 @@ def learn_wordpiece(words, vocab_size, alphabet, prefix="##", min_frequency=0, p
         token = spelled[left] + spelled[right].removeprefix(prefix)
         new = vocab.setdefault(token, len(vocab))
         spelled += [token] if new == len(spelled) else []
+        size[new] = size[left] + size[right]
         times, rows = table.merge(row, new)
         count[left] -= times
         count[right] -= times
@@ -1578,10 +1581,10 @@ def digamma(x):
     return np.log(z) - 0.5 / z - y * (1 / 12 - y * (1 / 120 - y / 252)) - sum(1 / (x + k) for k in range(6))
 
 
-def train_unigram(words, vocab_size, alphabet, progress=None):
+def train_unigram(words, vocab_size, alphabet, longest=16, progress=None):
     """{word with its ▁: count} -> vocab_size pieces (token, log probability), the most probable first; less where the text
     holds fewer substrings twice. No piece reaches across words, which may be whole sentences, nor beyond the alphabet."""
-    trainer = UnigramTrainer({**dict.fromkeys(alphabet, 0), **words}, 16, 1_000_000)
+    trainer = UnigramTrainer({**dict.fromkeys(alphabet, 0), **words}, longest, 1_000_000)
     seeds = len(trainer.score)
     while True:
         trainer.step(vocab_size)
@@ -1858,36 +1861,41 @@ class Tokenizer:
             start = stop
         return found
 
+    def _sources(self, text):
+        """What every character of a text becomes by itself under the normaliser: [(new character, first, end of the old)]."""
+        specs = (spec for spec in self.normalizer if not spec.get("theirs"))
+        local = [step for step, spec in zip(self._normalize, specs) if spec["type"] not in ("Strip", "Prepend") and spec.get("content") != ""]
+        source = []
+        for cluster in CLUSTERS.finditer(text):
+            became, *singly = [functools.reduce(lambda part, step: step(part), local, part) for part in (cluster[0], *cluster[0])]
+            if "".join(singly) == became:
+                source += [(c, at, at + 1) for at, part in enumerate(singly, cluster.start()) for c in part]
+            else:                                                # a letter and its marks became this together
+                source += [(c, *cluster.span()) for c in became]
+        return source
+
     def _units(self, text, made, start, byte_at):
         """For every character of `made`, what the words of `text` spell together (for every byte, where the model is
         byte-level), the slice of the text it came from: (character, end, byte, end)."""
-        source, local = [], [step for step, spec in zip(self._normalize, (spec for spec in self.normalizer if not spec.get("theirs")))
-                         if spec["type"] not in ("Strip", "Prepend") and spec.get("content") != ""]
-        for cluster in CLUSTERS.finditer(text):
-            became, *singly = [functools.reduce(lambda text, step: step(text), local, part) for part in (cluster[0], *cluster[0])]
-            if "".join(singly) == became:                        # each character by itself; else the cluster as a whole became this
-                source += [(c, at, at + 1) for at, part in enumerate(singly, cluster.start()) for c in part]
-            else:
-                source += [(c, *cluster.span()) for c in became]
-        units, at = [], 0
-        put = any(step["type"] == "Prepend" for step in self.normalizer)
-        spaces = "" if any(step["type"] == "WhitespaceSplit" for step in self.cut) else " "    # what a mark may stand for
+        source, units, at = self._sources(text), [], 0
+        prefix = any(step["type"] == "Prepend" for step in self.normalizer)
+        space = "" if any(step["type"] == "WhitespaceSplit" for step in self.cut) else " "     # what a mark may stand for
         for place, c in enumerate(made):
-            mark = c == self.spelling and at < len(source) and source[at][0] not in (c, spaces) or put and place == 0
+            own = (c, space) if c == self.spelling else (c,)
+            put_in = prefix and place == 0 or c == self.spelling and at < len(source) and source[at][0] not in own
             ahead = at
-            while not mark and ahead < len(source) and source[ahead][0] != c and not (c == self.spelling and source[ahead][0] == spaces) \
-                    and source[ahead][0] in BLANKS:
+            while not put_in and ahead < len(source) and source[ahead][0] not in own and source[ahead][0] in BLANKS:
                 ahead += 1                                       # white space that the words no longer hold
-            if not mark and ahead < len(source) and source[ahead][0] in (c, spaces if c == self.spelling else c):
+            if not put_in and ahead < len(source) and source[ahead][0] in own:
                 (low, high), at = source[ahead][1:], ahead + 1
-            else:                                                # a mark that was put in
+            else:
                 low = high = source[at][1] if at < len(source) else len(text)
             whole = (start + low, start + high, byte_at[start + low], byte_at[start + high])
-            raw = c.encode("utf-8", "surrogateescape") if self.model.byte_level else c
-            if len(raw) == whole[3] - whole[2] > 1:              # the bytes of an unchanged character, one by one
-                units += [(*whole[:2], whole[2] + k, whole[2] + k + 1) for k in range(len(raw))]
+            size = len(c.encode("utf-8", "surrogateescape")) if self.model.byte_level else 1
+            if size == whole[3] - whole[2] > 1:                  # the bytes of an unchanged character, one by one
+                units += [(*whole[:2], whole[2] + k, whole[2] + k + 1) for k in range(size)]
             else:
-                units += [whole] * len(raw)
+                units += [whole] * size
         for k in range(len(units) - 2, -1, -1):                  # what was put in stands where the next begins
             if units[k][0] == units[k][1]:
                 units[k] = (units[k + 1][0],) * 2 + (units[k + 1][2],) * 2
@@ -2558,19 +2566,19 @@ def learn_characters(words, size, steps, cut, style, fallback=(), letters=None, 
                              byte_fallback=bool(fallback), fuse_unk=True), steps, cut)
 
 
-def learn_wordpieces(words, size, steps, cut, style, letters, min_frequency=0, progress=None, **_):
+def learn_wordpieces(words, size, steps, cut, style, letters, min_frequency=0, max_token_length=0, progress=None, **_):
     words, mark = within({word: n for word, n in words.items() if len(word) <= 100}, letters), style * (style == "##")
     first = {word[0] for word in words}
     alphabet = sorted(first) + sorted({mark + c for word in words for c in word[1:]} - first)
     check_room(size, alphabet)
-    vocab = numbered(["[UNK]", *learn_wordpiece(words, size, alphabet, mark, min_frequency, progress)])
+    vocab = numbered(["[UNK]", *learn_wordpiece(words, size, alphabet, mark, min_frequency, max_token_length, progress)])
     return Tokenizer(WordPiece(vocab, "[UNK]", mark), steps, cut, [dict(id=0, content="[UNK]", special=True)], style, "left")
 
 
-def learn_unigram(words, size, steps, cut, style, fallback, letters, progress=None, **_):
+def learn_unigram(words, size, steps, cut, style, fallback, letters, max_token_length=0, progress=None, **_):
     check_room(size, [*fallback, *letters])
     pieces = [(token, 0.0) for token in ("<unk>", *fallback)]
-    pieces += train_unigram(within(words, letters), size - len(fallback), letters, progress=progress)
+    pieces += train_unigram(within(words, letters), size - len(fallback), letters, max_token_length or 16, progress)
     return sentencepiece(Unigram(pieces, 0, bool(fallback), never=range(1 + len(fallback)), single=True), steps, cut)
 
 
@@ -2597,10 +2605,9 @@ def train(texts, model="bbpe", vocab_size=32_000, *, pattern="", special=(), tie
     if style not in KINDS[model]:
         raise UsageError(f"--style={style} is not a style of --model={model}; use one of {list(KINDS[model])}")
     limits = dict(tie=tie, min_frequency=min_frequency, max_token_length=max_token_length)
-    for name, without in (("min_frequency", ["unigram"]), ("max_token_length", ["unigram", "wordpiece"])):
-        if limits[name] < 0 or limits[name] and model in without:
-            wrong = "use 0 or more" if limits[name] < 0 else f"--model={model} has no such limit; leave it out"
-            raise UsageError(f"--{name}={limits[name]}: {wrong}")
+    if min(min_frequency, max_token_length) < 0 or model == "unigram" and min_frequency:
+        raise UsageError(f"--min_frequency={min_frequency} --max_token_length={max_token_length}: use 0 or more, and no --min_frequency "
+                         f"with --model=unigram, which merges nothing")
     if not 0 <= character_coverage <= 1:
         raise UsageError(f"--character_coverage={character_coverage} is out of range; use a share such as 0.9995, at most 1")
     if model == "bbpe":
@@ -2827,6 +2834,12 @@ def decode_command(args):
 def convert_command(args):
     tok = load(args.tok)
     print(f"{tok.n_vocab:,} tokens -> {save(tok, args.out, args.to)}")
+    gpt2 = [*split_steps("gpt2"), BYTE_LEVEL], [dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)]
+    if args.to == "hf" and Path(args.out).is_dir() and tok.cut in gpt2 and tok.model.merges and not tok.normalizer:
+        with atomic_write(Path(args.out) / "vocab.json", "w") as vocab, atomic_write(Path(args.out) / "merges.txt", "w") as merges:
+            json.dump({piece: i for i, piece in sorted(tok.pieces.items())}, vocab, ensure_ascii=False)
+            merges.write("#version: 0.2\n" + "".join(f"{show(a)} {show(b)}\n" for a, b in tok.model.merges))
+        print(f"and as GPT-2 has it -> {args.out}/vocab.json, merges.txt")
     if args.to == "tiktoken":
         print("a rank file holds neither the pattern nor the special tokens; give tiktoken:",
               dict(pat_str=tok.core._pat_str, special_tokens=tok.special))
@@ -2888,7 +2901,7 @@ COMMANDS = {            # (who does it, help, flags: (name, default or, where it
         ("pattern", "", f"where to cut words: one of {[*PATTERNS]} or a regular expression (bbpe: cl100k)"),
         ("tie", "hf", "which of equally frequent pairs merges first", [*TIES]),
         ("min_frequency", 0, "merge no pair seen less often"),
-        ("max_token_length", 0, "longest token, in bytes or characters; 0: any"),
+        ("max_token_length", 0, "longest token, in bytes or characters; 0: any (unigram: 16)"),
         ("normalizer", [], "what to do to text first", NORMALIZER_NAMES),
         ("style", "", "bpe: </w> or sp (SentencePiece); wordpiece: ## or _", STYLES),
         ("character_coverage", 0.0, "share of the characters that get a token (sp: 0.9995, else 1)"),

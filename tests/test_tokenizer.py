@@ -207,6 +207,13 @@ def test_character_map_round_trip():
         T.read_charsmap(T.write_charsmap(table)[:-3])
 
 
+def test_no_token_is_longer_than_asked():
+    for model, size, options in (("bpe", 420, dict(style="sp", tie="lex")), ("wordpiece", 150, {}), ("unigram", 400, {}), ("bbpe", 300, dict(tie="byte"))):
+        tok = learned(model, size, max_token_length=3, **options)
+        plain = [piece.removeprefix("##") for piece in tok.pieces.values() if piece not in tok.special and not piece.startswith("<0x")]
+        assert max(map(len, plain)) == 3
+
+
 def test_tables_of_characters():
     tok = T.train(["“Ｈｅｌｌｏ”，ＷＯＲＬＤ… 123"], "bbpe", 256, normalizer=["fullwidth", "punctuation", "lower"])[0]
     assert tok.decode(tok.encode("“Ｈｉ”，Ｗ…")) == '"hi",w...'
@@ -219,6 +226,7 @@ def test_wordpiece_training_equals_brute_force(seed):
     """The score count(ab) / (count(a) count(b)) of every pair, recounted at every step."""
     draw = random.Random(seed)
     prefix, letters, minimum = "##" * (seed % 3 > 0), "ab" if seed % 2 else "abcde", draw.choice([0, 2, 5])
+    longest = draw.choice([0, 0, 4])
     words = {"".join(draw.choice(letters) for _ in range(draw.randint(1, 10))): draw.randint(1, 9) for _ in range(40)}
     alphabet = sorted({word[0] for word in words}) + sorted({prefix + c for word in words for c in word[1:]} - (set() if prefix else {w[0] for w in words}))
     alphabet = alphabet[:-1] if seed % 5 == 0 else alphabet              # a letter that is left out cuts words
@@ -232,7 +240,9 @@ def test_wordpiece_training_equals_brute_force(seed):
             single.update({i: n * c for i, c in Counter(ids).items()})
             for a, b in zip(ids, ids[1:]):
                 pairs[a, b] += n * (a >= 0 <= b)
-        score = {(a, b): n / (single[a] * single[b]) for (a, b), n in pairs.items() if n >= max(1, minimum)}
+        size = lambda i: len(spelled[i].removeprefix(prefix) if prefix else spelled[i])
+        score = {(a, b): n / (single[a] * single[b]) for (a, b), n in pairs.items()
+                 if n >= max(1, minimum) and (not longest or size(a) + size(b) <= longest)}
         if not score:
             break
         a, b = min(pair for pair in score if score[pair] == max(score.values()))
@@ -245,7 +255,7 @@ def test_wordpiece_training_equals_brute_force(seed):
                 if ids[i:i + 2] == [a, b]:
                     ids[i:i + 2] = [new]
                 i += 1
-    assert T.learn_wordpiece(words, len(alphabet) + 40, alphabet, prefix, minimum) == vocab
+    assert T.learn_wordpiece(words, len(alphabet) + 40, alphabet, prefix, minimum, longest) == vocab
 
 
 def test_wordpiece_takes_the_longest():
@@ -669,6 +679,9 @@ def test_command_line(tmp_path):
     for tok, to, name in (("tok", "tiktoken", "r.tiktoken"), ("uni", "sentencepiece", "m.model"), ("uni", "hf", "copy")):
         code, out, err = run("convert", "--tok", tmp_path / tok, "--to", to, "--out", tmp_path / name)
         assert code == 0 and T.load(tmp_path / name).encode(TEXT) == T.load(tmp_path / tok).encode(TEXT), err
+    run("train", "--vocab_size=300", "--pattern=gpt2", "--input", tmp_path / "in.txt", "--out", tmp_path / "g")
+    code, out, err = run("convert", "--tok", tmp_path / "g", "--to", "hf", "--out", tmp_path / "gpt2")
+    assert code == 0 and T.load(tmp_path / "gpt2" / "vocab.json").encode(TEXT) == T.load(tmp_path / "g").encode(TEXT), err
     code, out, err = run("eval", "--tok", tmp_path / "tok", tmp_path / "uni", "--input", tmp_path / "in.txt")
     assert code == 0 and "100.0%" in out and "bytes/token" in out, err
     code, out, err = run("show", "--tok", tmp_path / "tok", "--text", "ß")
