@@ -1669,6 +1669,9 @@ class Tokenizer:
         self.model, self.normalizer, self.cut, self.added = model, list(normalizer), list(cut), list(added)
         self.spelling, self.strip = spelling, strip
         self.special = {token["content"]: token["id"] for token in self.added if token.get("special")}
+        # "normalized" tokens are looked for after normalising, where doing that twice is doing it once
+        self.late = bool(self.normalizer) and any(t.get("normalized") for t in self.added) and all(
+            step["type"] != "Prepend" for step in self.normalizer)
         self.always = [token for token in self.added if not token.get("special")]
         self._normalize = [step_of(NORMALIZERS, step) for step in self.normalizer if not step.get("theirs")]
         self._cut = [*filter(None, (step_of(CUTS, step) for step in self.cut))]
@@ -1805,27 +1808,33 @@ class Tokenizer:
                 ids += itertools.chain.from_iterable(map(self.cache.__getitem__, self.words(part, number == 0)))
         return ids
 
-    def _finder(self, allowed):
-        """(regular expression or None, {name: token}) of the added tokens to look for; of those that begin first the longest."""
-        if allowed not in self._finders:
-            tokens = {t["content"]: t for t in self.added if not t.get("special") or t["content"] in allowed}
+    def _finder(self, allowed, late):
+        """(regular expression or None, {name: token}) of the added tokens to look for, of those that begin first the longest:
+        those to be found before normalising, or (late) the others."""
+        if (allowed, late) not in self._finders:
+            tokens = {self.normalize(t["content"]) if late else t["content"]: t for t in self.added
+                      if (not t.get("special") or t["content"] in allowed) and late == (self.late and bool(t.get("normalized")))}
             plain, others = [], []
             for name, token in sorted(tokens.items(), key=lambda item: -len(item[0])):
                 edge, (left, right) = r"\b" * bool(token.get("single_word")), (r"\s*" * bool(token.get(side)) for side in ("lstrip", "rstrip"))
                 others += [f"{left}{edge}({regex.escape(name)}){edge}{right}"] if edge or left or right else []
                 plain += [] if edge or left or right else [name]
             find = "|".join(filter(None, [*others, trie_regex(plain)]))
-            self._finders[allowed] = find and compiled(find), tokens
-        return self._finders[allowed]
+            self._finders[allowed, late] = find and compiled(find), tokens
+        return self._finders[allowed, late]
 
-    def sections(self, text, allowed=()):
+    def sections(self, text, allowed=(), late=False):
         """[(text, None) or (text, added token)], the added tokens cut out of the text."""
-        find, tokens = self._finder(frozenset(allowed))
+        find, tokens = self._finder(frozenset(allowed), late)
         found, end = [], 0
         for match in find.finditer(text) if find else ():
             found += [(text[end:match.start()], None), (match[0], tokens[match[match.lastindex or 0]])]
             end = match.end()
-        return [(part, token) for part, token in [*found, (text[end:], None)] if part]
+        found = [(part, token) for part, token in [*found, (text[end:], None)] if part]
+        if self.late and not late:
+            return [each for part, token in found for each in (
+                [(part, token)] if token else self.sections(self.normalize(part), allowed, late=True))]
+        return found
 
     def encode_batch(self, texts):
         """encode of every text; tiktoken's core works on as many as there are processor cores."""
@@ -1837,8 +1846,8 @@ class Tokenizer:
         """[(id, (first byte, end), (first character, end))] of encode(text): the part of the text each token stands for.
 
         A token of some bytes of a character covers the whole of it in characters; a mark that a normaliser put in
-        covers nothing."""
-        text = clean_surrogates(text)
+        covers nothing. (Of the normalised text, where added tokens are looked for in that.)"""
+        text = clean_surrogates(text) if not self.late else self.normalize(clean_surrogates(text))
         found, start, byte_at = [], 0, [*itertools.accumulate((len(c.encode("utf-8", "surrogatepass")) for c in text), initial=0)]
         for number, (part, token) in enumerate(self.sections(text)):
             stop = start + len(part)

@@ -711,6 +711,15 @@ def test_mistakes_on_the_command_line(tmp_path):
     assert code == 0 and "2 bytes that are not UTF-8" in err
 
 
+def test_added_tokens_after_normalising():
+    """Those marked "normalized" are found in the normalised text, themselves normalised; the others in the text as it is."""
+    base = learned("bbpe", 300, normalizer=["lower"])
+    added = [dict(id=300, content="Foo", special=False, normalized=True), dict(id=301, content="Bar", special=False, normalized=False)]
+    tok = T.Tokenizer(base.model, base.normalizer, base.cut, added)
+    ids = tok.encode("foo FOO Foo bar Bar")
+    assert ids.count(300) == 3 and ids.count(301) == 1 and [i for i, _, _ in tok.spans("foo FOO")] == tok.encode("foo FOO")
+
+
 # ---- The same, by software we did not write (pip install -r .ci/peers.txt) ----
 
 WORLD = """All human beings are born free and equal in dignity and rights, aren't they? It's 12345678 o'clock at Wendy's café.
@@ -1100,3 +1109,17 @@ def test_deepseeks_tokenizer_json():
         assert tok.decode(tok.encode(text)) == theirs.decode(tok.encode(text), skip_special_tokens=False)
     named = T.byte_bpe(tok.model.vocab, "deepseek", (), tok.model.merges)                       # their pattern is the one that we call so
     same_ids(named, tok.encode, WORLD + SPACES + pages(24, 5000))
+
+
+@pytest.mark.peer
+def test_added_tokens_equal_hugging_faces(tmp_path):
+    hf = pytest.importorskip("tokenizers")
+    base = learned("bbpe", 400, normalizer=["nfkc", "lower"])
+    base.save(tmp_path)
+    theirs = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.add_tokens([hf.AddedToken("Foo", normalized=True), hf.AddedToken("Bar", normalized=False), hf.AddedToken("  ", normalized=False),
+                       hf.AddedToken("whole", single_word=True, normalized=False), hf.AddedToken("left", lstrip=True, normalized=True)])
+    theirs.save(str(tmp_path / "more.json"))
+    ours = T.load(tmp_path / "more.json")
+    for text in ["foo FOO Foo bar Bar", "Ｆoo  x", "a whole wholesome", "is left  LEFT", "Barfoo   foobar", *WORLD]:
+        assert ours.encode(text) == theirs.encode(text).ids, text
