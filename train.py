@@ -286,8 +286,8 @@ def settle_config(typed):
 
 
 AT_LEAST = dict(steps=1, tokens_per_step=1, micro_batch=0, warmup=0, log_every=1, eval_every=0, save_every=0, keep=1, eval_tokens=1,
-                n_samples=1, max_new_tokens=1, lr=0, weight_decay=0, grad_clip=0, temperature=0, top_k=0, seed=0, tokenizer_mb=0)
-SHARES = ("val_fraction", "beta1", "beta2", "min_lr", "top_p")
+                n_samples=1, max_new_tokens=1, lr=0, weight_decay=0, grad_clip=0, temperature=0, top_k=0, seed=0, tokenizer_mb=0, subword_alpha=0)
+SHARES = ("val_fraction", "beta1", "beta2", "min_lr", "top_p", "bpe_dropout")
 
 
 def check_ranges(cfg):
@@ -298,6 +298,9 @@ def check_ranges(cfg):
         value = getattr(cfg, name)
         if not 0 <= value <= 1 or value == 0 and name in ("val_fraction", "top_p") or value == 1 and name in ("val_fraction", "beta1", "beta2"):
             raise UsageError(f"--{name}={value} must lie between 0 and 1, for example {getattr(TrainConfig, name)}")
+    if cfg.subword_alpha and not (cfg.tokenizer or cfg.init_from or cfg.resume):
+        raise UsageError("--subword_alpha samples Unigram tokenizers, and the one trained here is BPE; use --bpe_dropout=0.1, or name "
+                         "a Unigram one with --tokenizer")
     if cfg.dtype == "float16":
         raise UsageError("--dtype=float16 needs loss scaling (and is slower than float32 on a CPU); use bfloat16 or float32")
 
@@ -675,9 +678,9 @@ def train(cfg, typed):
     if wanted and wanted < tok.n_vocab:
         raise UsageError(f"the tokenizer has {tok.n_vocab} ids, but the model only {wanted}; use --vocab_size={tok.n_vocab} or more, "
                          f"or the tokenizer that belongs to these weights")
-    resample = tok.sampler(cfg.bpe_dropout, cfg.subword_alpha)
-    loaders = {split: data.Loader(folder, split, cfg.seq_len, cfg.seed, cfg.packing, split == "train", meta["eot"],
-                                  resample if split == "train" else None) for split in ("train", "val")}
+    resample = {"train": tok.sampler(cfg.bpe_dropout, cfg.subword_alpha), "val": None}
+    loaders = {split: data.Loader(folder, split, cfg.seq_len, cfg.seed, cfg.packing, split == "train", meta["eot"], resample[split])
+               for split in resample}
 
     # the model, its optimizer, and where the run stands
     dtype, reason = compute_dtype(cfg, world.device)

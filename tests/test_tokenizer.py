@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import re
 import struct
 import subprocess
 import sys
@@ -293,7 +292,7 @@ def test_viterbi_and_nbest_equal_enumeration(seed):
         assert abs(core.log_sums(core.edges(text), 1.0)[-1] - math.log(sum(math.exp(s) for _, s in ranked))) < 1e-9
 
 
-def chi_square_is_plausible(counts, chances, draws):
+def check_chi_square(counts, chances, draws):
     """Pearson's statistic over the outcomes expected at least 5 times, within 5 standard deviations of its mean."""
     common = [o for o in chances if chances[o] * draws >= 5]
     statistic = sum((counts[o] - chances[o] * draws) ** 2 / (chances[o] * draws) for o in common)
@@ -306,7 +305,7 @@ def test_unigram_samples_follow_the_exact_probabilities(alpha, nbest):
     ranked = sorted(walks("abcabca", core.score), key=lambda walk: -walk[1])[:nbest if nbest > 0 else None]
     total = sum(math.exp(alpha * s) for _, s in ranked)
     counts = Counter(tuple(core.sample("abcabca", alpha, draw, nbest)) for _ in range(draws))
-    chi_square_is_plausible(counts, {walk: math.exp(alpha * s) / total for walk, s in ranked}, draws)
+    check_chi_square(counts, {walk: math.exp(alpha * s) / total for walk, s in ranked}, draws)
 
 
 def test_unigram_training_finds_the_units_of_a_made_up_language():
@@ -354,7 +353,7 @@ def test_dropout_follows_the_exact_probabilities(word, p):
     rank, draw, draws = {"ab": 0, "bc": 1, "abc": 2, "aa": 3, "ca": 4, "aaa": 5}, random.Random(5), 4000
     core = T.BPE({token: i for i, token in enumerate([*"abc", *rank])}, None, rank)
     counts = Counter(tuple(core.merge(list(word), p, draw)) for _ in range(draws))
-    chi_square_is_plausible(counts, dropout_chances(list(word), rank, p), draws)
+    check_chi_square(counts, dropout_chances(list(word), rank, p), draws)
 
 
 @pytest.mark.parametrize("model, size, options", [r for r in RECIPES if r[0] in ("bbpe", "bpe")])
@@ -762,7 +761,7 @@ def opened(tok, folder):
     return theirs
 
 
-def same_ids(tok, encode, texts):
+def check_same_ids(tok, encode, texts):
     """Fail with the first text that the two cut differently."""
     for text in texts:
         assert (text, tok.encode(text)) == (text, list(encode(text)))
@@ -804,7 +803,7 @@ def test_bbpe_equals_rustbpe(pattern):
     theirs.train_from_iterator(iter(texts), 3000, pattern=T.PATTERNS[pattern])
     tok, _ = T.train(texts, "bbpe", 3000, pattern=pattern, tie="byte")
     assert list(tok.model.vocab.items()) == [(bytes(token), rank) for token, rank in theirs.get_mergeable_ranks()]
-    same_ids(tok, theirs.encode, WORLD + SPACES)
+    check_same_ids(tok, theirs.encode, WORLD + SPACES)
 
 
 # ---- subword-nmt ----
@@ -871,8 +870,8 @@ def test_sentencepiece_opens_what_we_trained(kind, tmp_path):
     tok, _ = T.train(pages(48, 20_000), vocab_size=2000, special=["eos"], **SP_KINDS[kind])
     file = T.save(tok, tmp_path / "m.model", "sentencepiece")
     theirs, again = sp.SentencePieceProcessor(model_file=str(file)), T.load(file)
-    same_ids(tok, theirs.encode, WORLD + SPACES + ODD_IN_HF + pages(40, 3000))
-    same_ids(again, theirs.encode, WORLD + SPACES + ODD_IN_HF)
+    check_same_ids(tok, theirs.encode, WORLD + SPACES + ODD_IN_HF + pages(40, 3000))
+    check_same_ids(again, theirs.encode, WORLD + SPACES + ODD_IN_HF)
     assert {i: theirs.id_to_piece(i) for i in range(len(theirs))} == tok.pieces
     for ids in map(tok.encode, WORLD + SPACES):
         assert theirs.decode(ids) == tok.decode(ids).replace("<unk>", " \u2047 ")
@@ -893,14 +892,14 @@ def test_models_that_sentencepiece_trained(kind, fallback, rule, tmp_path):
     theirs = sp.SentencePieceProcessor(model_proto=out.getvalue())
     (tmp_path / "m.model").write_bytes(out.getvalue())
     tok = T.load(tmp_path / "m.model")
-    same_ids(tok, theirs.encode, texts)
+    check_same_ids(tok, theirs.encode, texts)
     if kind == "unigram" and not fallback:                       # (with it they list bytes as pieces)
         same_nbest(tok, theirs)
     for ids in map(tok.encode, [text.lstrip("▁") for text in WORLD + SPACES]):       # theirs drops every ▁ piece in front, ours one
         assert tok.decode(ids).replace("<unk>", " \u2047 ") == theirs.decode(ids)
     file = T.save(tok, tmp_path / "again.model", "sentencepiece")
-    same_ids(T.load(file), theirs.encode, texts)
-    same_ids(tok, sp.SentencePieceProcessor(model_file=str(file)).encode, texts)
+    check_same_ids(T.load(file), theirs.encode, texts)
+    check_same_ids(tok, sp.SentencePieceProcessor(model_file=str(file)).encode, texts)
 
 
 @pytest.mark.peer
@@ -939,8 +938,8 @@ def test_hugging_face_opens_what_we_trained(kind, tmp_path):
     tok, _ = T.train(pages(48, 20_000), special=["eos"], **HF_KINDS[kind])
     theirs, again = opened(tok, tmp_path), T.load(tmp_path)
     texts = WORLD + SPACES + ["Ａ<|endoftext|>b <|endoftext|>", *pages(40, 3000)]
-    same_ids(tok, lambda text: theirs.encode(text, add_special_tokens=False).ids, texts)
-    same_ids(again, tok.encode, texts)
+    check_same_ids(tok, lambda text: theirs.encode(text, add_special_tokens=False).ids, texts)
+    check_same_ids(again, tok.encode, texts)
     glue = (" [UNK]", "[UNK]") if kind == "gnmt" else ("", "")   # their Metaspace decoder puts no space before an unknown word
     for text in texts:
         ids = tok.encode(text)
@@ -984,7 +983,7 @@ def test_wordpiece_equals_hugging_face(file, bert, tmp_path):
     bert.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "vocab.txt").write_text("".join(f"{bert.id_to_token(i)}\n" for i in range(bert.get_vocab_size())), encoding="utf-8")
     tok = T.load(tmp_path / file)
-    same_ids(tok, lambda text: bert.encode(text).ids, [*WORLD, *SPACES, "x" * 100, "x" * 101, "[SEP] [UNK]", *pages(100)])
+    check_same_ids(tok, lambda text: bert.encode(text).ids, [*WORLD, *SPACES, "x" * 100, "x" * 101, "[SEP] [UNK]", *pages(100)])
 
 
 @pytest.mark.peer
@@ -1086,7 +1085,7 @@ def test_mistrals_sentencepiece_models():
     sp = pytest.importorskip("sentencepiece")
     texts = MIXED + pages(12, 2500)
     for path in packaged("mistral_common", "data/*.model.v*"):
-        same_ids(T.load(path), sp.SentencePieceProcessor(model_file=str(path)).encode, texts)
+        check_same_ids(T.load(path), sp.SentencePieceProcessor(model_file=str(path)).encode, texts)
 
 
 @pytest.mark.peer
@@ -1095,7 +1094,7 @@ def test_mistrals_tekken_files():
     tekken = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
     for path in paths:
         theirs = tekken.Tekkenizer.from_file(path)
-        same_ids(T.load(path), lambda text: theirs.encode(text, bos=False, eos=False), MIXED + pages(12, 2500))
+        check_same_ids(T.load(path), lambda text: theirs.encode(text, bos=False, eos=False), MIXED + pages(12, 2500))
 
 
 @pytest.mark.peer
@@ -1104,11 +1103,11 @@ def test_deepseeks_tokenizer_json():
     theirs, tok = hf.Tokenizer.from_file(str(path)), T.load(path)
     theirs.encode_special_tokens = True
     texts = MIXED + ["<｜User｜>hi<｜Assistant｜>", *pages(12, 2500)]
-    same_ids(tok, lambda text: theirs.encode(text, add_special_tokens=False).ids, texts)
+    check_same_ids(tok, lambda text: theirs.encode(text, add_special_tokens=False).ids, texts)
     for text in texts:
         assert tok.decode(tok.encode(text)) == theirs.decode(tok.encode(text), skip_special_tokens=False)
     named = T.byte_bpe(tok.model.vocab, "deepseek", (), tok.model.merges)                       # their pattern is the one that we call so
-    same_ids(named, tok.encode, WORLD + SPACES + pages(24, 5000))
+    check_same_ids(named, tok.encode, WORLD + SPACES + pages(24, 5000))
 
 
 @pytest.mark.peer
