@@ -20,9 +20,11 @@ References:
     [Feistel]   Ciphers with Arbitrary Finite Domains (cycle walking), Black and Rogaway 2002
 Run me:      python data.py          (packs this Python's standard library and draws the first rows)
 """
+import concurrent.futures
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -32,12 +34,14 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 import tokenizer as tok_lib
-from tokenizer import UsageError, atomic_write, flag
+from tokenizer import UsageError, atomic_write, cores, flag
 
+FORMAT = 1                             # of all that is kept on disk: another number makes every stage run again
 END_OF_TEXT = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]"]      # the first that a tokenizer has
 
 
@@ -77,6 +81,113 @@ def stdlib_documents(report):
             yield {"text": text}
 
 
+# ---- Stages (how does a long job on many cores survive a kill?) ----
+
+PART_BYTES = 32_000_000                # of input: what one process reads at a time, and what a kill costs at most
+
+
+class Corpus:
+    """The documents behind what a user named, in order, cut into parts: each a list of (path, start, end), where end = 0
+    is a whole file, else the lines of a .jsonl that begin in start .. end - 1. No path at all is the default text."""
+
+    def __init__(self, paths, spool="."):
+        paths = [*map(str, paths)]
+        if "-" in paths:                                         # stdin can be read once, and we look more often
+            spooled = Path(spool) / "stdin.txt"
+            with atomic_write(spooled) as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            paths[paths.index("-")] = str(spooled)
+        files = [os.path.abspath(path) for path in (tok_lib.input_files(paths) if paths else stdlib_files())]
+        sizes = [os.path.getsize(path) for path in files]
+        self.bytes = sum(sizes)
+        if not self.bytes:
+            raise UsageError(f"{' '.join(paths)} is empty (0 bytes); give a file with text")
+        self.fingerprint = [sys.version if not paths else "", [[path, size, os.stat(path).st_mtime_ns] for path, size in zip(files, sizes)]]
+        self.parts, room = [], 0
+        for path, size in zip(files, sizes) if paths else [("", self.bytes)]:
+            ends = range(PART_BYTES, size + PART_BYTES, PART_BYTES) if path.endswith(".jsonl") else [0]
+            for span in [(path, end and end - PART_BYTES, end) for end in ends]:
+                if room <= 0:
+                    self.parts.append([])
+                    room = PART_BYTES
+                self.parts[-1].append(span)
+                room -= PART_BYTES if span[1] else size
+
+    def read(self, part, report):
+        """The documents of self.parts[part]."""
+        for path, start, end in self.parts[part]:
+            yield from tok_lib.documents([path], report, span=(start, end)) if path else stdlib_documents(report)
+
+    def documents(self, report):
+        return itertools.chain.from_iterable(self.read(part, report) for part in range(len(self.parts)))
+
+
+def run_parts(corpus, work, folder, workers=1, say=None):
+    """work(documents, report, part) yields bytes. Runs it over every part of a corpus in `workers` processes; each output
+    is a file of `folder` that is whole or absent, so a job that was killed goes on with the parts that are missing.
+    Returns (paths in order of the corpus, the sum of all reports)."""
+    paths = [Path(folder) / f"{part:06d}" for part in range(len(corpus.parts))]
+    missing = [part for part, path in enumerate(paths) if not path.with_suffix(".json").is_file()]
+
+    def one(part):
+        report = Counter()
+        with atomic_write(paths[part]) as file:
+            file.writelines(work(corpus.read(part, report), report, part))
+        with atomic_write(paths[part].with_suffix(".json"), "w") as file:
+            json.dump(report, file)
+
+    for done, _ in enumerate(in_processes(one, missing, workers), len(paths) - len(missing) + 1):
+        if say and len(paths) > 1:
+            say(f"  part {done} of {len(paths)}")
+    total = Counter()
+    for path in paths:
+        total.update(json.loads(path.with_suffix(".json").read_text()))
+    return paths, total
+
+
+def in_processes(function, items, workers):
+    """function(item) of every item, as they are ready, in forked processes (so that it may be a closure)."""
+    if workers < 2 or len(items) < 2:
+        yield from map(function, items)
+        return
+    global _forked
+    _forked = function
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        try:
+            for future in concurrent.futures.as_completed([pool.submit(_call_forked, item) for item in items]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _call_forked(item):
+    return _forked(item)
+
+
+def run_stage(name, folder, key, make, say):
+    """Run one stage of the chain, or find it done. make(temp) writes its files into `temp` and returns its report; they
+    get their names in `folder` when all are there. `key` is all that the result depends on."""
+    folder, key = Path(folder), hashlib.sha256(json.dumps([name, FORMAT, key]).encode()).hexdigest()[:16]
+    done, temp = folder / f".{name}.json", folder / f".{name}-{key}"
+    if done.is_file() and (known := json.loads(done.read_text()))["key"] == key:
+        say(f"{name}: done before; delete {done} to do it again")
+        return known["report"], key
+    for stale in folder.glob(f".{name}-*"):
+        if stale != temp:
+            shutil.rmtree(stale)
+    temp.mkdir(parents=True, exist_ok=True)
+    report = make(temp)
+    for path in sorted(temp.iterdir()):
+        if path.name != "parts":
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+            os.replace(path, folder / path.name)
+    with atomic_write(done, "w") as file:
+        json.dump({"key": key, "report": report}, file)
+    shutil.rmtree(temp)
+    return report, key
+
+
 # ---- Token shards (how are a hundred billion ids kept on disk?) ----
 
 MAGIC, HEADER = 20240520, 256          # llm.c's shard: 256 int32 (magic, version, count), then the ids
@@ -87,7 +198,7 @@ SHARD_TOKENS = 100_000_000
 class ShardWriter:
     """Writes split_000000.bin ... and split.idx (uint64 start of every document in the whole stream, and its end)."""
 
-    def __init__(self, folder, split, n_vocab, eot):
+    def __init__(self, folder, split, n_vocab, eot, dtype="auto", shard_tokens=SHARD_TOKENS):
         self.folder, self.split, self.eot = Path(folder), split, eot
         self.version = 1 if n_vocab <= 65536 else 2
         self.starts, self.held, self.size, self.total, self.shard = [], [], 0, 0, 0
@@ -146,31 +257,14 @@ class Shards:
         return self.parts[part][start - self.base[part]:start - self.base[part] + count]
 
 
-# ---- Prepare (from any text to shards, once) ----
-
-def text_source(cfg, spool):
-    """-> (make, fingerprint): make(report) yields the documents anew each time; the fingerprint names what they are."""
-    if not cfg.input:
-        files = stdlib_files()
-        return stdlib_documents, ["stdlib", sys.version, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
-    paths = list(cfg.input)
-    if "-" in paths:                                             # stdin can be read once, and we look twice
-        spooled = Path(spool) / "stdin.txt"
-        spooled.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(spooled) as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-        paths[paths.index("-")] = str(spooled)
-    files = [os.path.abspath(path) for path in tok_lib.input_files(paths)]
-    if not sum(os.path.getsize(path) for path in files):
-        raise UsageError(f"--input={' '.join(cfg.input)} is empty (0 bytes); give a file with text")
-    stat = [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in files]
-    return lambda report: tok_lib.documents(paths, report), ["input", stat]
-
+# ---- Tokenising (from any text to shards, once) ----
 
 def split_point(sizes, fraction):
     """(document, byte) where validation begins: the last whole documents that come nearest to `fraction` of all bytes;
     inside the last document, at the fraction, where that one alone is more than half of the text."""
     total = int(sum(sizes))
+    if not fraction:
+        return len(sizes), 0
     if sizes[-1] > total / 2:
         return len(sizes) - 1, max(1, int(sizes[-1] - fraction * total)) if sizes[-1] > 1 else 0
     tail = np.cumsum(sizes[::-1])[:-1]                           # at least one document is left to learn from
@@ -178,42 +272,124 @@ def split_point(sizes, fraction):
     return len(sizes) - held, 0
 
 
-def prepare(cfg, vocab_size, run_folder, say=print):
-    """Tokenise the text into shards, or find them ready. Returns their folder.
+def measure(corpus, report, budget):
+    """Bytes of every document, the number of the first document of each part, and about `budget` bytes of whole documents
+    spread evenly over the text: whenever the sample is twice too large every other document leaves it, so one pass over a
+    text of any length is enough."""
+    sizes, firsts, sample, stride, held = [], [], [], 1, 0
+    for part in range(len(corpus.parts)):
+        firsts.append(len(sizes))
+        for number, document in enumerate(corpus.read(part, report), len(sizes)):
+            sizes.append(n_bytes(document["text"]))
+            if budget and number % stride == 0:
+                sample.append((number, document["text"][:int(budget)]))
+                held += min(sizes[-1], budget)
+                while held > 2 * budget and len(sample) > 1:
+                    sample, stride = sample[::2], stride * 2
+                    held = sum(len(text) for _, text in sample)
+    return sizes, firsts, sample
 
-    The folder's name is a hash of all it depends on, so a changed file or flag never meets stale shards; it gets that
-    name only when it is complete."""
-    make, source = text_source(cfg, run_folder)
-    ready = tok_lib.load(cfg.tokenizer, cfg.pattern) if cfg.tokenizer else None
-    spec = ready.fingerprint if ready else [vocab_size, cfg.pattern, cfg.tokenizer_mb]
-    key = hashlib.sha256(json.dumps(["format 1", source, spec, cfg.val_fraction]).encode()).hexdigest()[:16]
-    root = cache_root(cfg, run_folder)
-    folder = root / f"data-{key}"
-    if (folder / "meta.json").is_file():
-        return folder
+
+def n_bytes(text):
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def cut_text(text, at):
+    """(head, tail) of a text, cut at the first character that begins at or after byte `at`."""
+    raw = text.encode("utf-8", "surrogatepass")
+    while at < len(raw) and raw[at] & 0xC0 == 0x80:              # never between the bytes of a character
+        at += 1
+    head = raw[:at].decode("utf-8", "surrogatepass")
+    return head, text[len(head):]
+
+
+def encoded(tok, documents):
+    """For every (number, text): int64 number, bytes and ids, then the ids as uint32."""
+    while batch := list(itertools.islice(documents, 1)):
+        size = len(batch[0][1])
+        for item in documents:
+            batch.append(item)
+            size += len(item[1])
+            if size > 4_000_000:
+                break
+        for (number, text), ids in zip(batch, tok.encode_batch([text for _, text in batch])):
+            yield np.array([number, n_bytes(text), len(ids)]).tobytes()
+            yield np.array(ids, dtype=np.uint32).tobytes()
+
+
+def decoded(path):
+    """(number, bytes, ids) of every document that encoded() wrote."""
+    with open(path, "rb") as file:
+        while head := file.read(24):
+            number, size, count = np.frombuffer(head, dtype=np.int64).tolist()
+            yield number, size, np.frombuffer(file.read(4 * count), dtype=np.uint32)
+
+
+def write_shards(corpus, tok, temp, args, say):
+    """The shards of a corpus in `temp`, its tokenizer and meta.json. Returns the meta data."""
     report = Counter()
-    sizes, sample = _measure(make(report), 0 if ready else cfg.tokenizer_mb * 1e6)
+    sizes, firsts, sample = measure(corpus, report, 0 if tok else args.tokenizer_mb * 1e6)
     skipped = tok_lib.warn_about(report)
     if skipped:
         say(f"data: skipped {skipped}")
     if sum(sizes) < 100:
-        raise UsageError(f"--input holds {sum(sizes)} bytes of text{', after skipping ' + skipped if skipped else ''}; "
+        raise UsageError(f"the input holds {sum(sizes)} bytes of text{', after skipping ' + skipped if skipped else ''}; "
                          f"at least 100 are needed, some megabytes to learn anything")
-    cut, inside = split_point(sizes, cfg.val_fraction)
-    if ready is None:
+    cut, inside = split_point(sizes, args.val_fraction)
+    if tok is None:
         texts = [text for number, text in sample if number < cut + bool(inside)]
-        ready, _ = tok_lib.train(texts, "bbpe", vocab_size - 1, pattern=cfg.pattern, special=["eos"])
-        say(f"tokenizer: {ready.n_vocab - 1:,} byte-level tokens learned from {sum(map(len, texts)) / 1e6:.1f} MB of the text"
-            + (f" (it could not fill --vocab_size={vocab_size})" if ready.n_vocab < vocab_size else ""))
-    if not any(name in ready.special for name in END_OF_TEXT):
-        ready = ready.with_special(END_OF_TEXT[:1])
-        say(f"tokenizer: it has no end-of-text token, so {END_OF_TEXT[0]} became id {ready.n_vocab - 1}")
+        tok, _ = tok_lib.train(texts, "bbpe", args.vocab_size - 1, pattern=args.pattern, special=["eos"])
+        say(f"tokenizer: {tok.n_vocab - 1:,} byte-level tokens learned from {sum(map(len, texts)) / 1e6:.1f} MB of the text"
+            + (f" (it could not fill --vocab_size={args.vocab_size})" if tok.n_vocab < args.vocab_size else ""))
+    if not any(name in tok.special for name in END_OF_TEXT):
+        tok = tok.with_special(END_OF_TEXT[:1])
+        say(f"tokenizer: it has no end-of-text token, so {END_OF_TEXT[0]} became id {tok.n_vocab - 1}")
+
+    def work(documents, report, part):
+        def texts():
+            for number, document in enumerate(documents, firsts[part]):
+                halves = cut_text(document["text"], inside) if inside and number == cut else [document["text"]]
+                yield from ((number + (half and 1), text) for half, text in enumerate(halves))
+        return encoded(tok, texts())
+
+    paths, _ = run_parts(corpus, work, temp / "parts", args.workers, say)
+    eot = next(tok.special[name] for name in END_OF_TEXT if name in tok.special)
+    writers = {split: ShardWriter(temp, split, tok.n_vocab, eot, args.dtype, args.shard_tokens) for split in ("train", "val")}
+    bytes_of = Counter()
+    for number, size, ids in itertools.chain.from_iterable(map(decoded, paths)):
+        split = "train" if number < cut + bool(inside) else "val"
+        writers[split].add(ids)
+        bytes_of[split] += size
+    meta = {"documents": len(sizes), "skipped": skipped, "n_vocab": tok.n_vocab, "eot": eot}
+    for split, writer in writers.items():
+        writer.close()
+        meta |= {f"{split}_tokens": writer.total, f"{split}_bytes": bytes_of[split]}
+    tok.save(temp / "tokenizer")
+    with atomic_write(temp / "meta.json", "w") as file:
+        json.dump(meta, file)
+    return meta
+
+
+def prepare(cfg, vocab_size, run_folder, say=print):
+    """Tokenise the text of train.py's --input into shards, or find them ready. Returns their folder.
+
+    The folder's name is a hash of all it depends on, so a changed file or flag never meets stale shards; it gets that
+    name only when it is complete."""
+    if len(cfg.input) == 1 and (Path(cfg.input[0]) / "meta.json").is_file():
+        return Path(cfg.input[0])                                # what tokenize, pack or prepare made
+    corpus = Corpus(cfg.input, run_folder)
+    ready = tok_lib.load(cfg.tokenizer, cfg.pattern) if cfg.tokenizer else None
+    spec = ready.fingerprint if ready else [vocab_size, cfg.pattern, cfg.tokenizer_mb]
+    key = hashlib.sha256(json.dumps(["format 1", corpus.fingerprint, spec, cfg.val_fraction]).encode()).hexdigest()[:16]
+    root = cache_root(cfg, run_folder)
+    folder = root / f"data-{key}"
+    if (folder / "meta.json").is_file():
+        return folder
     temp = Path(tempfile.mkdtemp(prefix=".data-", dir=root))
     try:
-        meta = _write_shards(make(Counter()), ready, cut, inside, temp) | {"documents": len(sizes), "skipped": skipped}
-        ready.save(temp / "tokenizer")
-        with atomic_write(temp / "meta.json", "w") as file:
-            json.dump(meta, file)
+        args = SimpleNamespace(**vars(cfg) | dict(vocab_size=vocab_size, workers=cores(), dtype="auto", shard_tokens=SHARD_TOKENS))
+        write_shards(corpus, ready, temp, args, say)
+        shutil.rmtree(temp / "parts")
         try:
             os.rename(temp, folder)
         except OSError:                                          # another process finished the same data first
@@ -244,54 +420,6 @@ def cache_root(cfg, run_folder):
     local = Path(run_folder) / "data"
     local.mkdir(parents=True, exist_ok=True)
     return local
-
-
-def _measure(docs, budget):
-    """Bytes of every document, and about `budget` bytes of whole documents spread evenly over the text: whenever the
-    sample is twice too large every other document leaves it, so one pass over a text of any length is enough."""
-    sizes, sample, stride, held = [], [], 1, 0
-    for number, document in enumerate(docs):
-        sizes.append(len(document["text"].encode("utf-8", "surrogatepass")))
-        if budget and number % stride == 0:
-            sample.append((number, document["text"][:int(budget)]))
-            held += min(sizes[-1], budget)
-            while held > 2 * budget and len(sample) > 1:
-                sample, stride = sample[::2], stride * 2
-                held = sum(len(text) for _, text in sample)
-    return sizes, sample
-
-
-def _write_shards(docs, tok, cut, inside, folder):
-    """Tokenise document after document, the ones before `cut` to train, the others to val; returns counts."""
-    eot = next(tok.special[name] for name in END_OF_TEXT if name in tok.special)
-    writers = {split: ShardWriter(folder, split, tok.n_vocab, eot) for split in ("train", "val")}
-    n_bytes, batch, size = Counter(), [], 0
-
-    def flush():
-        for (split, text), ids in zip(batch, tok.encode_batch([text for _, text in batch])):
-            n_bytes[split] += len(text.encode("utf-8", "surrogatepass"))
-            writers[split].add(ids)
-        batch.clear()
-
-    for number, document in enumerate(docs):
-        text = document["text"]
-        if inside and number == cut:
-            raw = text.encode("utf-8", "surrogatepass")
-            while inside < len(raw) and raw[inside] & 0xC0 == 0x80:            # never between the bytes of a character
-                inside += 1
-            head = raw[:inside].decode("utf-8", "surrogatepass")
-            batch += [("train", head), ("val", text[len(head):])]
-        else:
-            batch.append(("train" if number < cut else "val", text))
-        size += len(text)
-        if size > 4_000_000:
-            flush()
-            size = 0
-    flush()
-    for writer in writers.values():
-        writer.close()
-    return {f"{split}_{what}": value for split in writers for what, value in
-            (("tokens", writers[split].total), ("bytes", n_bytes[split]))} | {"n_vocab": tok.n_vocab, "eot": eot}
 
 
 # ---- Packing (which documents share a row?) ----

@@ -174,6 +174,27 @@ def add_flags(parser, files):
             group.add_argument(f"--{name}", help=f"{comment} (default: {default!r})".replace("%", "%%"), **how)
 
 
+def run_commands(argv, prog, about, table):
+    """Parse argv by {command: (who does it, help, flags)} and do it. A flag is (name, its default or, where it must be
+    given, its type, help, and its choices or further options of add_argument); a NAME in capitals stands without --."""
+    parser = Parser(prog=prog, description=about)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, (_, text, flags) in table.items():
+        add = commands.add_parser(command, help=text, description=text).add_argument
+        for name, default, text, *more in flags:
+            needed = isinstance(default, type)
+            kind = default if needed else type(default)
+            how = dict(nargs="+") if kind is list else dict(type=READ_AS[kind])
+            how |= dict(nargs="?", const=True, metavar="BOOL") if kind is bool else {}
+            how |= dict(required=True) if needed else dict(default=default)
+            how |= next(({"choices": m} if isinstance(m, list) else m for m in more), {})
+            if name.isupper():
+                how.pop("required", None)
+            add(name.lower() if name.isupper() else f"--{name}", help=text, **how)
+    args = parser.parse_args(argv)
+    table[args.command][0](args)
+
+
 @contextlib.contextmanager
 def plain_errors():
     """A user's mistake is one line on stderr and exit code 2, never a traceback."""
@@ -290,19 +311,29 @@ def _parts(file, size):
     yield rest
 
 
-def documents(paths, report, part=0):
+def lines_within(file, start, end):
+    """The lines of an open file that begin in start .. end - 1 (end = 0: to its end)."""
+    if start:
+        file.seek(start - 1)
+        file.readline()                                         # the rest of a line that began earlier
+    while (not end or file.tell() < end) and (line := file.readline()):
+        yield line
+
+
+def documents(paths, report, part=0, span=(0, 0)):
     """Yield every document as a dict with `text`: one a line of .jsonl / .jsonl.gz, else one a file (with `part`: a file
-    of more bytes than that in several dicts, where it is enough to see the words).
+    of more bytes than that in several dicts, where it is enough to see the words). span = (start, end) reads only the
+    lines of a .jsonl that begin there.
 
     Nothing is fatal and nothing is silent: `report` (a Counter) counts files, documents, bad_lines, bad_bytes,
     empty documents and the files of a folder that are not text."""
     for path in input_files(paths):
-        report["files"] += 1
+        report["files"] += not span[0]
         suffixes = [s for s in Path(path).suffixes if s != ".gz"][-1:]
         opened = sys.stdin.buffer if path == "-" else gzip.open(path) if path.endswith(".gz") else open(path, "rb")
         try:
             with contextlib.nullcontext(opened) if path == "-" else opened as file:
-                lines = file if suffixes == [".jsonl"] else _parts(file, part)
+                lines = (lines_within(file, *span) if any(span) else file) if suffixes == [".jsonl"] else _parts(file, part)
                 for number, raw in enumerate(lines, 1):
                     if suffixes == [".jsonl"]:
                         document = _parse_line(raw, report)
@@ -2944,18 +2975,7 @@ COMMANDS = {            # (who does it, help, flags: (name, default or, where it
 def main(argv):
     if not argv:
         return demo()
-    parser = Parser(prog="tokenizer.py", description="Train, use, convert and compare tokenizers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, (_, text, flags) in COMMANDS.items():
-        add = commands.add_parser(command, help=text, description=text).add_argument
-        for name, default, text, *choices in flags:
-            needed = isinstance(default, type)
-            kind = default if needed else type(default)
-            how = dict(nargs="+") if kind is list else dict(type=READ_AS[kind])
-            how |= dict(required=True) if needed else dict(default=default)
-            add(f"--{name}", choices=(*choices, None)[0], help=text, **how)
-    args = parser.parse_args(argv)
-    COMMANDS[args.command][0](args)
+    run_commands(argv, "tokenizer.py", "Train, use, convert and compare tokenizers.", COMMANDS)
 
 
 if __name__ == "__main__":

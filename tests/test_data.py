@@ -214,3 +214,52 @@ def test_unknown_formats_are_refused_by_name(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(T.UsageError, match="parquet"):
         data.prepare(config(input=(str(tmp_path / "x.parquet"),)), 300, tmp_path)
+
+
+# ---- Stages ----
+
+def test_parts_hold_every_document_once_and_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PART_BYTES", 300)
+    draw, texts = random.Random(0), []
+    for name in ("a.jsonl", "b.txt", "c.jsonl", "d.txt"):
+        texts += [f"{name} {i} " + "é" * draw.randint(0, 60) for i in range(30 if name.endswith("l") else 1)]
+        here = [t for t in texts if t.startswith(name)]
+        (tmp_path / name).write_text("\n".join(json.dumps({"text": t}) for t in here) if len(here) > 1 else here[0])
+    corpus, report = data.Corpus([tmp_path]), Counter()
+    assert [d["text"] for d in corpus.documents(report)] == texts and len(corpus.parts) > 5
+    assert report["documents"] == len(texts) and report["files"] == 4
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_parts_that_are_there_are_not_done_again(workers, tmp_path, monkeypatch, corpus):
+    monkeypatch.setattr(data, "PART_BYTES", 5000)
+    text, done = data.Corpus([corpus]), tmp_path / "done"
+    done.mkdir()
+
+    def work(documents, report, part):
+        (done / str(part)).touch()
+        for document in documents:
+            report["seen"] += 1
+            yield document["text"].encode()
+
+    paths, report = data.run_parts(text, work, tmp_path / "parts", workers)
+    whole = b"".join(p.read_bytes() for p in paths)
+    assert whole.decode() == "".join(d["text"] for d in text.documents(Counter())) and report["seen"] == report["documents"]
+    assert len(paths) > 3 and len(list(done.iterdir())) == len(paths)
+    paths[1].with_suffix(".json").unlink()
+    for name in done.iterdir():
+        name.unlink()
+    again, same = data.run_parts(text, work, tmp_path / "parts", workers)
+    assert b"".join(p.read_bytes() for p in again) == whole and same == report and [p.name for p in done.iterdir()] == ["1"]
+
+
+def test_a_mistake_inside_a_worker_is_the_users(tmp_path, monkeypatch, corpus):
+    monkeypatch.setattr(data, "PART_BYTES", 5000)
+
+    def work(documents, report, part):
+        raise T.UsageError("not like this")
+        yield
+
+    with pytest.raises(T.UsageError, match="not like this"):
+        data.run_parts(data.Corpus([corpus]), work, tmp_path, 2)
+    assert not list(tmp_path.iterdir())
