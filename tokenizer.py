@@ -2686,6 +2686,20 @@ def in_child(work):
     return usage.ru_utime + usage.ru_stime, time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
+def race(title, works, rounds):
+    """Print, for {name: what to run}, the best CPU and wall seconds and peak memory of some rounds in turn, and the ratio
+    of everything called ours... to the others."""
+    spent = {name: [] for name in works}
+    for name in [*works] * rounds:
+        spent[name].append(in_child(works[name]))
+    best = {name: [*map(min, zip(*figures))] for name, figures in spent.items()}
+    others = [name for name in best if not name.startswith("ours")]
+    print(f"\n{title}\n  {'':24s} {'CPU s':>8s} {'wall s':>8s} {'peak MB':>8s}  CPU ratio to {', '.join(others)}")
+    for name, (cpu, wall, peak) in best.items():
+        ratios = "  ".join(f"{cpu / best[other][0]:.2f}x" for other in others if name not in others)
+        print(f"  {name:24s} {cpu:8.2f} {wall:8.2f} {peak:8.0f}  {ratios}")
+
+
 def contests(texts, peers, args):
     """Yield (title, {name: what to run}); peers that are not installed will not be called."""
     hf, sp, pattern = peers.get("tokenizers"), peers.get("sentencepiece"), compiled(PATTERNS[args.pattern]).pattern
@@ -2739,15 +2753,7 @@ def bench_command(args):
     print(f"{size / 1e6:.1f} MB, {args.vocab_size:,} tokens, pattern {args.pattern}; {cores()} cores; "
           f"CPU seconds, the best of {args.rounds} runs in turn")
     for title, works in contests(texts, peers, args):
-        spent = {name: [] for name in works if name in peers or name.startswith(("ours", "tiktoken"))}
-        for name in [*spent] * args.rounds:
-            spent[name].append(in_child(works[name]))
-        best = {name: [*map(min, zip(*figures))] for name, figures in spent.items()}
-        others = [name for name in best if not name.startswith("ours")]
-        print(f"\n{title}\n  {'':24s} {'CPU s':>8s} {'wall s':>8s} {'peak MB':>8s}  CPU ratio to {', '.join(others)}")
-        for name, (cpu, wall, peak) in best.items():
-            ratios = "  ".join(f"{cpu / best[other][0]:.2f}x" for other in others if name not in others)
-            print(f"  {name:24s} {cpu:8.2f} {wall:8.2f} {peak:8.0f}  {ratios}")
+        race(title, {name: work for name, work in works.items() if name in peers or name.startswith(("ours", "tiktoken"))}, args.rounds)
 
 
 # ---- Command line ----
