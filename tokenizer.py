@@ -184,7 +184,7 @@ def run_commands(argv, prog, about, table):
         for name, default, text, *more in flags:
             needed = isinstance(default, type)
             kind = default if needed else type(default)
-            how = dict(nargs="+") if kind is list else dict(type=READ_AS[kind])
+            how = dict(nargs="+") if kind is list else dict(type=READ_AS.get(kind, str))
             how |= dict(nargs="?", const=True, metavar="BOOL") if kind is bool else {}
             how |= dict(required=True) if needed else dict(default=default)
             how |= next(({"choices": m} if isinstance(m, list) else m for m in more), {})

@@ -179,12 +179,15 @@ def batch_shape(cfg, ranks):
 
 
 def micro_batches(loader, step, shape, world):
-    """This rank's micro-batches of a step, and the weight of all ranks' tokens together."""
+    """This rank's micro-batches of a step."""
     rows, micro, accumulate = shape
     first = step * rows + world.rank * micro * accumulate
-    batches = [loader.samples(first + i * micro, micro) for i in range(accumulate)]
-    weight = torch.stack([b["weights"].sum(dtype=torch.float64) for b in batches]).sum().to(world.device)
-    return batches, dist.all_sum(world, weight).item()
+    return [loader.samples(first + i * micro, micro) for i in range(accumulate)]
+
+
+def weight_of_step(batches, world):
+    """The weight of all ranks' tokens together."""
+    return dist.all_sum(world, torch.stack([b["weights"].sum(dtype=torch.float64) for b in batches]).sum().to(world.device)).item()
 
 
 def to_device(batch, device):
@@ -509,17 +512,10 @@ def sample(cfg):
     home = Path(cfg.init_from or cfg.out_dir)
     tok = tok_lib.load(cfg.tokenizer or (home / "tokenizer" if (home / "tokenizer").is_dir() else home))
     dtype, _ = compute_dtype(cfg, world.device)
-    texts = sample_text(model, tok, end_of_text(tok), cfg.prompt, cfg.n_samples, cfg, world.device, dtype, cfg.seed,
+    texts = sample_text(model, tok, data.end_of_text(tok), cfg.prompt, cfg.n_samples, cfg, world.device, dtype, cfg.seed,
                         cfg.max_new_tokens)
     for number, text in enumerate(texts):
         print(f"--- sample {number + 1} of {cfg.n_samples}\n{text}", flush=True)
-
-
-def end_of_text(tok):
-    names = [name for name in data.END_OF_TEXT if name in tok.special]
-    if not names:
-        raise UsageError(f"the tokenizer has none of {data.END_OF_TEXT}; add one of them as a special token")
-    return tok.special[names[0]]
 
 
 def bench(cfg):
@@ -678,9 +674,7 @@ def train(cfg, typed):
     if wanted and wanted < tok.n_vocab:
         raise UsageError(f"the tokenizer has {tok.n_vocab} ids, but the model only {wanted}; use --vocab_size={tok.n_vocab} or more, "
                          f"or the tokenizer that belongs to these weights")
-    resample = {"train": tok.sampler(cfg.bpe_dropout, cfg.subword_alpha), "val": None}
-    loaders = {split: data.Loader(folder, split, cfg.seq_len, cfg.seed, cfg.packing, split == "train", meta["eot"], resample[split])
-               for split in resample}
+    loaders = data.open_loaders(cfg, folder, meta, tok)
 
     # the model, its optimizer, and where the run stands
     dtype, reason = compute_dtype(cfg, world.device)
@@ -695,6 +689,9 @@ def train(cfg, typed):
     facts = describe(cfg, model, world.device, dtype, reason, world.size)
     facts += (f"\ndata     {meta['documents']:,} documents: {meta['train_tokens']:,} training tokens, {meta['val_tokens']:,} for validation "
               f"({meta['train_bytes'] / meta['train_tokens']:.2f} bytes a token); {loaders['train'].n_rows:,} rows an epoch")
+    if isinstance(loaders["train"], data.Mixture):
+        facts += "\nmix      " + ", ".join(f"{source} {epochs:.2f} epochs" for source, epochs in zip(
+            cfg.input, loaders["train"].epochs(cfg.steps * shape[0])))
     say(facts)
     if start >= cfg.steps:
         say(f"the run is complete: step {start} of {cfg.steps}; give a larger --steps to go on")
@@ -717,9 +714,10 @@ def train(cfg, typed):
         dist.barrier(world)
 
     model.train()
-    for step in range(start, cfg.steps):
+    ahead = data.prefetch((micro_batches(loaders["train"], step, shape, world) for step in range(start, cfg.steps)), cfg.prefetch)
+    for step, batches in zip(range(start, cfg.steps), ahead):
         tick = time.perf_counter()
-        batches, weight = micro_batches(loaders["train"], step, shape, world)
+        weight = weight_of_step(batches, world)
         lr = learning_rate(cfg, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -777,6 +775,7 @@ def train(cfg, typed):
     else:
         say(f"done in {clock(time.perf_counter() - begun)}: {out}/report.html shows the run; sample with: "
             f"python train.py --out_dir={out} --sample")
+    ahead.close()
     step_fn = None                                               # DDP lets go of the group before the group ends
     dist.shutdown()
 

@@ -1,7 +1,9 @@
 """The rules of the house: import order, citations, flags, headers, demos; and every symbol and command in README is real."""
 import ast
 import importlib
+import json
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -54,6 +56,7 @@ def test_every_citation_key_is_listed(name):
     listed = set(re.findall(r"^    \[(\w+)\]", ast.get_docstring(ast.parse(source), clean=False), re.M))
     used = set(re.findall(r"\[([A-Z]\w+) (?:eq|sec|alg|app)\b", source)) | set(re.findall(r", ([A-Z]\w+) eq", source))
     assert used <= listed, used - listed
+    used |= set(re.findall(r"\[([A-Z]\w+)[],]", source.split('"""', 2)[2]))            # a whole paper
     assert listed <= used | set(re.findall(r"\[([A-Z]\w+),", source)), f"listed and never cited: {listed - used}"
 
 
@@ -120,7 +123,11 @@ def workspace(tmp_path_factory):
     home = tmp_path_factory.mktemp("readme")
     (home / "book.txt").write_text("It was the best of times, it was the worst of times. " * 200)
     (home / "texts").mkdir()
-    (home / "texts/a.jsonl").write_text('{"text": "it was the age of wisdom"}\n' * 50)
+    words, draw = [f"w{i}" for i in range(400)], random.Random(0)
+    lines = [" ".join(words[int(draw.paretovariate(0.8)) % 400] for _ in range(draw.randint(1, 12))) for _ in range(1500)]
+    (home / "good.txt").write_text("\n".join(lines))
+    for name in ("good.jsonl", "texts/a.jsonl"):
+        (home / name).write_text("".join(json.dumps({"text": "\n".join(lines[i:i + 9])}) + "\n" for i in range(0, 1500, 9)))
     (home / "tok").mkdir()
     small = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--seq_len=32", "--tokens_per_step=64", "--steps=2", "--vocab_size=300"]
     run_train(f"--input={home}/book.txt", f"--out_dir={home}/out", f"--cache_dir={home}/cache", *small)
