@@ -1170,7 +1170,7 @@ def write_arpa(grams, path, workers=1):
 # more context is one step down. That step is all a query needs: find(nodes, words) -> (which, children) says which of
 # many nodes have a child for their word, in any order, and what it is. One structure saves time, one space.    [KenLM]
 
-BLOCK = 1 << 20                # entries that are built, packed or written at a time
+BLOCK = 1 << 18                # entries that are built, packed or written at a time
 EMPTY = 0xFFFFFFFF             # a slot that holds no node
 MIX = np.uint32(2654435769)    # odd, near 2^32 over the golden ratio: spreads word ids over all 32 bits, one to one
 
@@ -1214,6 +1214,8 @@ class Probing:
                 yield block
                 free = int(slot[-1]) + 1
             parent = stop
+            release(child)
+            release(left)
         yield np.full(max(2 * int(child[-1]) - free, 0) + 1, EMPTY, np.uint32)
 
     def find(self, nodes, words):
@@ -1659,7 +1661,7 @@ class Model:
             return Fragment(tuple(left), True, b.right, total + sum(bows))
         if len(b.right.words) < len(b.left):
             return Fragment(tuple(left), full, b.right, total)
-        return Fragment(tuple(left), full, State(b.right.words + words, b.right.bows + bows), total)
+        return Fragment(tuple(left), full or len(left) == self.order - 1, State(b.right.words + words, b.right.bows + bows), total)
 
 
 def mapped(data, path="the model"):
@@ -1671,10 +1673,11 @@ def mapped(data, path="the model"):
     if size != len(data):
         raise UsageError(f"{path} has {len(data):,} bytes, not {size:,}: cut short or damaged; copy or train it again")
     try:
-        about = json.loads(bytes(data[start:start + length]))
-    except ValueError:
+        return Model(data, json.loads(bytes(data[start:start + length])))
+    except UsageError:                                           # the model is whole, its tokenizer is gone
+        raise
+    except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is damaged: its directory cannot be read; copy or train it again") from None
-    return Model(data, about)
 
 
 def from_ngrams(ngrams, quant=0):
@@ -1762,6 +1765,8 @@ class Arpa:
         fields[size == 0] = b"0"
         fields[size > 40] = b"?"
         try:
+            if b"_" in fields.tobytes():                         # which Python would skip in a number
+                raise ValueError
             values = fields.astype(np.float64)
         except ValueError:                                       # which one?
             number = re.compile(rb"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -2208,9 +2213,11 @@ def judge(documents, report, cuts=(), rules=(), score_only=False, dropped=False,
         del document["_filter"]
         if why:
             document["reason"] = "; ".join(f"{what} {how}" for what, how in why.items())
-        elif "c4" in rules and not score_only:                   # C4 is also an edit: a page loses the lines that fail
+        else:
+            document.pop("reason", None)                         # of an earlier filter
+        if not why and "c4" in rules and not score_only:         # C4 is also an edit: a page loses the lines that fail
             document["text"] = "\n".join(Anatomy(document["text"]).c4_lines)
-        if score_only or dropped == bool(why):
+        if dropped == bool(why and not score_only):
             yield json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
     report.update(json.dumps([*key, entry]) for key, near in nearest.items() for entry in near)
 
@@ -2258,7 +2265,7 @@ def summary(report, cuts=(), examples=5):
         else:
             rows.setdefault(row, {})[column] = report[key]
     for name, tables in groups.items():
-        tables["cuts"] = list(cut_of(cuts, name)) if tables["examples"] else []
+        tables["cuts"] = list(cut_of(cuts, name)) if cuts and tables["perplexity"] else []
         by_size = lambda row: (-row[1]["documents"], row[0])
         tables["dropped for"] = dict(sorted(tables["dropped for"].items(), key=by_size))
         tables["perplexity"] = dict(sorted(tables["perplexity"].items()))
@@ -3613,8 +3620,12 @@ def filter_stage(corpus, temp, args, say):
         raise UsageError(f"filter needs --kn lm.kn (made by: python data.py kn train), or --rules with some of {','.join(RULES)}")
     if unknown := set(rules) - set(RULES):
         raise UsageError(f"--rules: there is no {', '.join(sorted(unknown))}; use some of {','.join(RULES)}")
-    if (args.keep_quantile or args.ppl_range) and not models:
-        raise UsageError("--keep_quantile and --ppl_range judge by perplexity, which needs a model: --kn lm.kn")
+    if (args.keep_quantile or args.ppl_range or args.thresholds) and not models:
+        raise UsageError("--keep_quantile, --ppl_range and --thresholds judge by perplexity, which needs a model: --kn lm.kn")
+    if args.keep_quantile and args.ppl_range:
+        raise UsageError("--keep_quantile and --ppl_range are two ways to say the same; give one of them")
+    if args.thresholds and not (args.keep_quantile or args.ppl_range or Path(args.thresholds).is_file()):
+        raise UsageError(f"--thresholds={args.thresholds} is not there yet; say with --keep_quantile or --ppl_range what to write into it")
     work = lambda documents, report, part: map(line_of, score(documents, models, args.by, rules))
     paths, read = run_parts(corpus, work, temp / "parts", args.workers, say)
     if args.thresholds and Path(args.thresholds).is_file():
@@ -3834,8 +3845,9 @@ def bench(args):
         tok_lib.race(f"kn train --order {args.order}, {os.path.getsize(path('text')) / 1e6:.1f} MB", works, args.rounds)
 
         model, lines = open_model(path("lm.kn")), Path(path("text")).read_bytes().split(b"\n")[:200_000]
-        ids, starts = model.ids(model.rows(lines))
-        works = {"ours, from text": lambda: model.score(*model.ids(model.rows(lines))), "ours, on ids": lambda: model.score(ids, starts)}
+        block = b"\n".join(lines)
+        ids, starts = model.ids(block)
+        works = {"ours, from text": lambda: model.score(*model.ids(block)), "ours, on ids": lambda: model.score(ids, starts)}
         if "kenlm" in peers:
             strings, theirs = [line.decode("utf-8", "surrogateescape") for line in lines], peers["kenlm"].Model(path("ours.arpa"))
             works = {"kenlm full_scores": lambda: [[*theirs.full_scores(line)] for line in strings],
