@@ -1874,6 +1874,10 @@ def suffix_order(path, words, levels):
         if n < len(levels):
             search.append(Probing(child, left, np.concatenate(list(Probing.blocks(child, left)))))
     tables.bow.pop()                                             # of the highest order: zeros
+    for n in range(len(levels) - 1, 1, -1):                      # where a back-off matters its suffix must be remembered, too
+        lower, live = tables.bow[n - 1], (tables.bow[n] != 0) | ~np.signbit(tables.bow[n])
+        parent = np.repeat(np.arange(len(lower)), np.diff(tables.child[n - 1]))[live]
+        lower[parent[lower[parent] == 0]] = 0.0
     return tables
 
 
@@ -3850,7 +3854,7 @@ def bench(args):
         works = {"ours, from text": lambda: model.score(*model.ids(block)), "ours, on ids": lambda: model.score(ids, starts)}
         if "kenlm" in peers:
             strings, theirs = [line.decode("utf-8", "surrogateescape") for line in lines], peers["kenlm"].Model(path("ours.arpa"))
-            works = {"kenlm full_scores": lambda: [[*theirs.full_scores(line)] for line in strings],
+            works = {"kenlm full_scores": lambda: [deque(theirs.full_scores(line), 0) for line in strings],
                      "kenlm score": lambda: [theirs.score(line) for line in strings]} | works
         tok_lib.race(f"kn query, {len(ids):,} words", works, args.rounds)
 
