@@ -742,6 +742,63 @@ def test_a_mistake_inside_a_worker_is_the_users(tmp_path, monkeypatch, corpus):
     assert not list(tmp_path.iterdir())
 
 
+# ---- What train.py reads ----
+
+def prepared(tmp_path, **fields):
+    cfg = config(cache_dir=str(tmp_path / "cache"), **fields)
+    cfg.seq_len, cfg.seed = 32, 0
+    folder = data.prepare(cfg, 300, tmp_path, lambda said: None)
+    return cfg, folder, *data.open_prepared(folder)
+
+
+def test_each_input_of_a_mixture_is_a_source(tmp_path, corpus):
+    (tmp_path / "b.txt").write_text("other words are read here now and then " * 200)
+    cfg, folder, meta, tok = prepared(tmp_path, input=(str(corpus), str(tmp_path / "b.txt")), mix=("3", "1"))
+    train, val = data.open_loaders(cfg, folder, meta, tok).values()
+    assert isinstance(train, Mixture) and [len(part.stream.starts) for part in train.loaders][1] == 1
+    texts = [tok.decode(row[row > 0].tolist()) for row in train.samples(0, 40)["tokens"].numpy()]
+    assert sum("other" in text or "read here" in text for text in texts) == 10
+    assert meta["val_tokens"] - 2 == val.n_tokens == val.batch(range(val.n_rows))["weights"].sum()
+    again = prepared(tmp_path, input=(str(folder),))             # a mixture is data as well
+    assert again[2]["train_tokens"] == meta["train_tokens"]
+    with pytest.raises(T.UsageError, match="3 weights for 2 --input"):
+        prepared(tmp_path, input=cfg.input, mix=("1", "1", "1"))
+    T.train(["other"] * 9, "bbpe", 262, pattern="gpt2")[0].save(tmp_path / "tok")
+    strange = prepared(tmp_path, input=(str(corpus),), tokenizer=str(tmp_path / "tok"))[1]
+    with pytest.raises(T.UsageError, match="another tokenizer"):
+        prepared(tmp_path, input=(str(strange), str(folder)))
+
+
+def test_tokens_of_other_programs_are_adopted(tmp_path):
+    tok = T.train(["it was the age"] * 9, "bbpe", 262, pattern="gpt2", special=["eos"])[0]
+    tok.save(tmp_path / "tok")
+    ids = [tok.special["<|endoftext|>"], *tok.encode("it was the age of wisdom"), tok.special["<|endoftext|>"], *tok.encode("the age")] * 9
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes(np.array(ids, np.uint16).tobytes())
+    cfg, folder, meta, _ = prepared(tmp_path, input=(str(tmp_path),), tokenizer=str(tmp_path / "tok"))
+    assert meta["train_tokens"] == len(ids) and meta["documents"] == 36 and meta["val_bytes"] == sum(len(tok.token_bytes(i)) for i in ids)
+    train, _ = data.open_loaders(cfg, folder, meta, tok).values()
+    assert train.n_tokens == len(ids) - 1
+    with pytest.raises(T.UsageError, match="--tokenizer"):
+        prepared(tmp_path, input=(str(tmp_path),))
+    (tmp_path / "train.bin").write_bytes(np.array([9999], np.uint16).tobytes() * 2)
+    with pytest.raises(T.UsageError, match="holds the id 9999"):
+        prepared(tmp_path, input=(str(tmp_path),), tokenizer=str(tmp_path / "tok"))
+
+
+@pytest.mark.parametrize("level", ["document", "context"])
+def test_training_text_is_infilled_and_validation_is_not(level, tmp_path, corpus):
+    lines = [json.loads(line)["text"] for line in open(corpus)]
+    cfg, folder, meta, tok = prepared(tmp_path, input=(str(corpus),), fim_rate=1.0, fim_level=level)
+    train, val = (Shards(folder, split) for split in ("train", "val"))
+    read = lambda s: [s.read(int(a) + 1, int(n) - 1).tolist() for a, n in zip(s.starts, s.lengths)]
+    assert [tok.decode(data.unfim(ids, tok)) for ids in read(train)] + [tok.decode(ids) for ids in read(val)] == lines
+    assert any(tok.role("fim_middle") in ids for ids in read(train)) == (level == "document")
+    loader = data.open_loaders(cfg, folder, meta, tok)["train"]
+    assert (loader.samples(0, 20)["tokens"] == tok.role("fim_middle")).any()
+    assert prepared(tmp_path, input=(str(corpus),), fim_rate=0.5, fim_level=level)[1] == folder or level == "document"
+
+
 # ---- Smoothing ----
 
 SENTENCES = [line.split() for line in ("a b a", "a b", "b a a b", "c a", "")]
