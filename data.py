@@ -216,13 +216,16 @@ def _end_with_parent(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_stage(name, folder, key, make, say, finals):
+def run_stage(name, folder, key, make, say, named):
     """Run one stage, or find it done: make(temp) writes its files into `temp` and returns its report. They get their names
-    in `folder` (or those in `finals`) when all are there. key() is all that the result depends on.
+    in `folder` (or those in `named`) when all are there. key() is all that the result depends on.
     Returns (report, a hash of the key)."""
     digest = lambda: hashlib.sha256(json.dumps([name, FORMAT, key()]).encode()).hexdigest()[:16]
     done, temp = folder / f".{name}.json", folder / f".{name}-{digest()}"
-    if done.is_file() and (known := json.loads(done.read_text()))["key"] == digest():
+    named = {file: str(path) for file, path in named.items()}
+    known = json.loads(done.read_text()) if done.is_file() else {"files": []}
+    places = [Path(named.get(file, folder / file)) for file in known["files"]]
+    if known.get("key") == digest() and known["named"] == named and all(path.exists() for path in places):
         say(f"  done before (delete {done} to do it again)")
         return known["report"], known["key"]
     for stale in set(folder.glob(f".{name}-*")) - {temp}:
@@ -231,13 +234,18 @@ def run_stage(name, folder, key, make, say, finals):
         stale.unlink()
     temp.mkdir(parents=True, exist_ok=True)
     report = make(temp)
-    for path in sorted(temp.iterdir()):
-        if path.name != "parts" and not path.name.startswith("."):
-            final = finals.get(path.name, folder / path.name)
-            shutil.rmtree(final, ignore_errors=True)             # of folders: a tokenizer
-            move(path, final)
+    finals = {path: Path(named.get(path.name, folder / path.name)) for path in sorted(temp.iterdir())
+              if path.name != "parts" and not path.name.startswith(".")}
+    done.unlink(missing_ok=True)                                 # from here on neither result is whole
+    for old in (folder / file for file in known["files"] if file not in named):
+        if old.is_file() and old not in finals.values():         # a shard that the new result has not
+            old.unlink()
+    for path, final in finals.items():
+        if path.is_dir():                                        # a tokenizer
+            shutil.rmtree(final, ignore_errors=True)
+        move(path, final)
     with atomic_write(done, "w") as file:
-        json.dump({"key": digest(), "report": report}, file)
+        json.dump({"key": digest(), "named": named, "files": [path.name for path in finals], "report": report}, file)
     shutil.rmtree(temp)
     return json.loads(json.dumps(report)), digest()
 
@@ -3083,7 +3091,14 @@ def _prepare_text(cfg, vocab_size, paths, tokenizer, run_folder, say):
 
 def open_prepared(folder):
     """(meta, tokenizer) of a folder that prepare() made."""
-    return json.loads((Path(folder) / "meta.json").read_text()), tok_lib.load(Path(folder) / "tokenizer")
+    path = Path(folder) / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+        if not all(type(meta[name]) is int for name in ("n_vocab", "eot", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes")):
+            raise ValueError("a number is missing")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is damaged ({error!r}); make {folder} again") from None
+    return meta, tok_lib.load(Path(folder) / "tokenizer")
 
 
 def cache_root(cfg, run_folder):
@@ -3639,6 +3654,9 @@ def filter_stage(corpus, temp, args, say):
         for document in read_lines(paths):
             groups[document["_filter"]["group"]].append(document["ppl"])
         cuts = thresholds(groups, args.keep_quantile, args.ppl_range) if args.keep_quantile or args.ppl_range else {}
+        if (args.keep_quantile or args.ppl_range) and not any(ppl is not None for ppls in groups.values() for ppl in ppls):
+            raise UsageError(f"no document has a perplexity: the groups are {', '.join(sorted(groups)[:8])}, --kn has models of "
+                             f"{', '.join(models)} (* is all others); name them alike, see --by")
         if args.thresholds and cuts:
             save_thresholds(temp / "thresholds.json", cuts, models)
     report = Counter()
@@ -3672,6 +3690,8 @@ class StoredTexts:
 def pack_stage(folder, temp, args, say):
     """The shards of a folder that `tokenize` made, their training documents infilled if asked for, and the table of rows
     of both splits."""
+    if not 1 <= args.seq_len < 1 << 31:
+        raise UsageError(f"--seq_len={args.seq_len} must be a whole number from 1 to {(1 << 31) - 1:,}")
     meta, tok = open_prepared(folder)
     report = {"seq_len": args.seq_len, "method": args.method}
     for path in sorted(Path(folder).iterdir()):
@@ -3687,7 +3707,7 @@ def pack_stage(folder, temp, args, say):
                 writer.add(ids)
         meta |= {"n_vocab": tok.n_vocab, "train_tokens": writer.total, "fim_rate": args.fim_rate, "fim_spm": args.fim_spm}
     for split in ("train", "val"):
-        if (temp / f"{split}_000000.bin").is_file():
+        if meta[f"{split}_tokens"]:
             stream = Shards(temp, split, meta["eot"])
             table = pack(stream.starts, stream.lengths, args.seq_len, args.method)
             for path, column in zip(table_paths(temp, split, args.seq_len, args.method), table):
@@ -3723,8 +3743,8 @@ NAMED = {"clusters.jsonl": "clusters", "dropped.jsonl": "dropped", "thresholds.j
 
 
 def file_stamps(texts):
-    """[path, size, time] of the files that flags such as --kn en=lm.en.kn or --tokenizer=folder name."""
-    paths = [Path(str(text).rpartition("=")[2]) for text in texts if text]
+    """[path, size, time] of the files that flags such as --tokenizer=folder name."""
+    paths = [Path(str(text)) for text in texts if text]
     files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
@@ -3739,13 +3759,20 @@ def run_one(name, source, folder, args, say, known=""):
 
     def key():
         chosen = {flag: getattr(args, flag) for flag in flags.split()}
-        files = file_stamps([*(chosen.get("kn") or []), chosen.get("tokenizer"), chosen.get("thresholds")])
+        files = file_stamps([*(text.partition("=")[2] or text for text in chosen.get("kn") or []), chosen.get("tokenizer"), chosen.get("thresholds")])
         return [known or (file_stamps([corpus]) if name == "pack" else corpus.fingerprint), chosen, files]
 
-    finals = {file: Path(getattr(args, flag)) for file, flag in NAMED.items() if getattr(args, flag, "")}
+    named = {file: Path(getattr(args, flag)) for file, flag in NAMED.items() if getattr(args, flag, "")}
+    inputs = {path for part in getattr(corpus, "parts", ()) for path, *_ in part}
+    for path in [*named.values(), folder / "kept.jsonl", folder / "dropped.jsonl"] if name not in ("tokenize", "pack") else ():
+        if path.is_dir() or os.path.abspath(path) in inputs:
+            raise UsageError(f"{path} cannot take a result: it is a folder, or the input itself; name another place")
+    for path in source if not known else ():
+        if os.path.isdir(path) and Path(path).resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise UsageError(f"--out={folder} lies inside the input {path}, so the results would be read as input next time; name another folder")
     say(f"{name}: {', '.join(map(str, source))} -> {folder}")
     start = time.perf_counter()
-    report, known = run_stage(name, folder, key, lambda temp: make(corpus, temp, args, say), say, finals)
+    report, known = run_stage(name, folder, key, lambda temp: make(corpus, temp, args, say), say, named)
     for key, value in report.items():
         if key != "groups" and value not in ("", 0, {}):
             say(f"  {key:28s} {value:,}" if isinstance(value, int) else f"  {key:28s} {value}")
@@ -3772,12 +3799,12 @@ def prepare_command(args):
     stages = [name for name in STAGES if name in args.stages and (name != "filter" or args.kn or args.rules)]
     if "filter" in args.stages and "filter" not in stages:
         print("filter: left out, it needs --kn or --rules")
+    if not stages:
+        raise UsageError("--stages: filter alone needs --kn or --rules")
     for name in stages:
         folder = out if name == stages[-1] else out / name
-        known_methods = {"dedup": DEDUP, "pack": PACKERS}.get(name, ())
-        mine = SimpleNamespace(**vars(args) | {"method": next((m for m in args.method if m in known_methods), "")})
-        if name == "filter" and not args.dropped:
-            mine.dropped = str(folder / "dropped.jsonl")
+        table, usual = {"dedup": (DEDUP, "minhash"), "pack": (PACKERS, "bfd")}.get(name, ((), ""))
+        mine = SimpleNamespace(**vars(args) | {"method": next((method for method in args.method if method in table), usual)})
         reports[name], known = run_one(name, source, folder, mine, print, known)
         source = [folder] if name == "tokenize" else [folder / "kept.jsonl"]
     with atomic_write(out / "report.json", "w") as file:

@@ -358,7 +358,7 @@ def _parse_line(raw, report):
         document = json.loads(decode_utf8(raw, report))
         if isinstance(document["text"], str):
             return document | {"text": clean_surrogates(document["text"])}
-    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):   # ValueError: no JSON, or a number of thousands of digits
         pass                                                    # counted below with the lines of a wrong shape
     report["bad_lines"] += 1
     return None
