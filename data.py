@@ -75,7 +75,7 @@ import regex
 import tokenizer as tok_lib
 from tokenizer import UsageError, atomic_write, cores, flag
 
-FORMAT = 2                             # of all that is kept on disk: another number makes every stage run again
+FORMAT = 3                             # of all that is kept on disk: another number makes every stage run again
 END_OF_TEXT = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]"]      # the first that a tokenizer has
 
 
@@ -131,11 +131,16 @@ class Corpus:
 
     def __init__(self, paths, spool="."):
         paths = [*map(str, paths)]
-        if "-" in paths:                                         # stdin can be read once, and we look more often
-            spooled = Path(spool) / "stdin.txt"
+        if paths.count("-") > 1:
+            raise UsageError("- is stdin, which can be read once; name it once")
+        if "-" in paths:                                         # ... and we look more often
+            spooled = Path(spool) / ".stdin.txt"
             with atomic_write(spooled) as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
             paths[paths.index("-")] = str(spooled)
+        for i, path in enumerate(map(Path, paths)):              # a folder that a stage wrote to: what it kept
+            if (path / "kept.jsonl").is_file() and any(path.glob(".*.json")):
+                paths[i] = str(path / "kept.jsonl")
         files = [os.path.abspath(path) for path in (tok_lib.input_files(paths) if paths else stdlib_files())]
         sizes = [os.path.getsize(path) for path in files]
         self.bytes = sum(sizes)
@@ -155,6 +160,9 @@ class Corpus:
     def read(self, part, report):
         """The documents of self.parts[part]."""
         for path, start, end in self.parts[part]:
+            if Path(path).suffix in tok_lib.REFUSED:             # inside a folder; one that was named is refused before
+                report["not_text"] += 1
+                continue
             yield from tok_lib.documents([path], report, span=(start, end)) if path else stdlib_documents(report)
 
     def documents(self, report):
@@ -189,6 +197,7 @@ def run_parts(corpus, work, folder, workers=1, say=None):
 
 def in_order(function, items, workers):
     """function(item) of every item, in their order, in forked processes (so that it may be a closure); few items wait."""
+    workers = min(workers, 4 * cores())
     if workers < 2:
         yield from map(function, items)
         return
@@ -216,6 +225,19 @@ def _end_with_parent(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
+def read_mark(path):
+    """What run_stage wrote when it was done; nothing if that is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        mark = json.loads(path.read_text())
+        if isinstance(mark, dict) and isinstance(mark.get("files"), dict):
+            return mark
+    return {"files": {}}
+
+
+def size_of(path):
+    return path.stat().st_size if path.is_file() else -path.is_dir()
+
+
 def run_stage(name, folder, key, make, say, named):
     """Run one stage, or find it done: make(temp) writes its files into `temp` and returns its report. They get their names
     in `folder` (or those in `named`) when all are there. key() is all that the result depends on.
@@ -223,9 +245,9 @@ def run_stage(name, folder, key, make, say, named):
     digest = lambda: hashlib.sha256(json.dumps([name, FORMAT, key()]).encode()).hexdigest()[:16]
     done, temp = folder / f".{name}.json", folder / f".{name}-{digest()}"
     named = {file: str(path) for file, path in named.items()}
-    known = json.loads(done.read_text()) if done.is_file() else {"files": []}
-    places = [Path(named.get(file, folder / file)) for file in known["files"]]
-    if known.get("key") == digest() and known["named"] == named and all(path.exists() for path in places):
+    known = read_mark(done)
+    if known.get("key") == digest() and known["named"] == named and known["files"] == {
+            file: size_of(Path(named.get(file, folder / file))) for file in known["files"]}:
         say(f"  done before (delete {done} to do it again)")
         return known["report"], known["key"]
     for stale in set(folder.glob(f".{name}-*")) - {temp}:
@@ -236,7 +258,10 @@ def run_stage(name, folder, key, make, say, named):
     report = make(temp)
     finals = {path: Path(named.get(path.name, folder / path.name)) for path in sorted(temp.iterdir())
               if path.name != "parts" and not path.name.startswith(".")}
-    done.unlink(missing_ok=True)                                 # from here on neither result is whole
+    sizes, done_by = {path.name: size_of(path) for path in finals}, [done, *folder.glob(".*.json")]
+    for mark in done_by:                                         # from here on neither result is whole, nor another's that is replaced
+        if mark == done or read_mark(mark)["files"].keys() & sizes.keys():
+            mark.unlink(missing_ok=True)
     for old in (folder / file for file in known["files"] if file not in named):
         if old.is_file() and old not in finals.values():         # a shard that the new result has not
             old.unlink()
@@ -245,7 +270,7 @@ def run_stage(name, folder, key, make, say, named):
             shutil.rmtree(final, ignore_errors=True)
         move(path, final)
     with atomic_write(done, "w") as file:
-        json.dump({"key": digest(), "named": named, "files": [path.name for path in finals], "report": report}, file)
+        json.dump({"key": digest(), "named": named, "files": sizes, "report": report}, file)
     shutil.rmtree(temp)
     return json.loads(json.dumps(report)), digest()
 
@@ -576,7 +601,9 @@ def text_blocks(paths, unit, norm, report):
         line = normalize(line.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
         return b" ".join(words(line))
 
-    files = (path for path in tok_lib.input_files(paths) if Path(path).suffix not in tok_lib.REFUSED)
+    named = tok_lib.input_files(paths)
+    files = [path for path in named if Path(path).suffix not in tok_lib.REFUSED]
+    report["not_text"] += len(named) - len(files)                # inside a folder; one that was named is refused
     for piece in itertools.chain(*(raw_pieces(path, report) for path in files), [None]):
         rest.append(piece or b"")
         size += len(rest[-1])
@@ -983,8 +1010,10 @@ def check_flags(order, prune, fallback, vocab_pad, interpolate_unigrams):
     """(a threshold for each order, three discounts or None)."""
     prune, fallback = [*prune], None if fallback is None else [*fallback] or [*FALLBACK]
     show = lambda values: " ".join(map(str, values))
-    if order < 1:
-        raise UsageError(f"--order={order} must be at least 1; 3 to 5 are usual")
+    if not 1 <= order <= 100:
+        raise UsageError(f"--order={order} must be from 1 to 100; 3 to 5 are usual")
+    if vocab_pad < 0:
+        raise UsageError(f"--vocab_pad={vocab_pad} must be 0 or more")
     if len(prune) > order:
         raise UsageError(f"--prune {show(prune)}: --order={order} takes {order} thresholds; say {show(prune[:order])}")
     if prune != sorted(prune) or prune[:1] < [0] * len(prune[:1]):
@@ -1678,7 +1707,7 @@ def mapped(data, path="the model"):
     _, version, length, start, size = KN_HEAD.unpack(head)
     if version != KN_VERSION:
         raise UsageError(f"{path} is a model of version {version}, this program reads version {KN_VERSION}; train it anew")
-    if size != len(data):
+    if size != len(data) or start + length != size:
         raise UsageError(f"{path} has {len(data):,} bytes, not {size:,}: cut short or damaged; copy or train it again")
     try:
         return Model(data, json.loads(bytes(data[start:start + length])))
@@ -1909,6 +1938,7 @@ def document_scores(model, texts, batch=1024):
 
 def line_blocks(path, report):
     """The text of a file or of stdin (-) in blocks of lines, or documents of a .jsonl, without the last line end."""
+    tok_lib.input_files([path])                                  # says what is wrong with the path
     if ".jsonl" in str(path):
         yield from (document["text"].encode("utf-8", "surrogatepass") for document in tok_lib.documents([path], report))
     else:
@@ -2185,8 +2215,10 @@ def load_thresholds(path, models):
         with open(path, encoding="utf-8") as file:
             known = json.load(file)
         cuts = {group: [float(low), float(high)] for group, (low, high) in known["thresholds"].items()}
+        if known["format"] != 1 or not cuts or not all(0 <= low <= high for low, high in cuts.values()):
+            raise ValueError("another format, or no cuts that are intervals")
         makers = [(group, known["models"][group], made_by(model)) for group, model in models.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"--thresholds={path} cannot be used ({error!r}); delete it to compute it anew") from None
     for group, then, now in makers:
         if then != now:
@@ -2949,6 +2981,9 @@ def write_shards(corpus, tok, temp, args, say, fim=""):
     report = Counter()
     if not 0 <= args.val_fraction < 1:
         raise UsageError(f"--val_fraction={args.val_fraction} is a share of the text; use a number from 0 up to 1, such as 0.05")
+    if tok is None and not (256 < args.vocab_size < 1 << 31 and 0 <= args.tokenizer_mb < math.inf):
+        raise UsageError(f"--vocab_size={args.vocab_size}, --tokenizer_mb={args.tokenizer_mb}: a tokenizer is learned with 257 or more "
+                         f"tokens from some megabytes, such as --vocab_size=32768 --tokenizer_mb=100")
     sizes, firsts, sample = measure(corpus, report, 0 if tok else args.tokenizer_mb * 1e6)
     skipped = tok_lib.warn_about(report)
     if skipped:
@@ -3012,6 +3047,8 @@ def prepare(cfg, vocab_size, run_folder, say=print):
         return _prepare_text(cfg, vocab_size, cfg.input, cfg.tokenizer, run_folder, say)
     if cfg.mix and len(cfg.mix) != len(cfg.input):
         raise UsageError(f"--mix has {len(cfg.mix)} weights for {len(cfg.input)} --input; give one for each")
+    if (mixed or adopted) and cfg.fim_rate and cfg.fim_level == "document":
+        raise UsageError(f"{(mixed + adopted)[0]} holds ids, whose documents `data.py pack --fim_rate` infills; or say --fim_level=context")
     if adopted and not cfg.tokenizer:
         raise UsageError(f"{adopted[0]} holds tokens without their tokenizer; name that with --tokenizer")
     tokenizer = cfg.tokenizer or (Path(mixed[0]) / "tokenizer" if mixed else "")
@@ -3687,11 +3724,18 @@ class StoredTexts:
             yield number, self.tok.decode(ids.tolist())
 
 
+def check_rows(args):
+    if not 1 <= args.seq_len <= 1 << 24:
+        raise UsageError(f"--seq_len={args.seq_len} must be a whole number from 1 to {1 << 24:,}")
+    for name in ("fim_rate", "fim_spm"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UsageError(f"--{name}={getattr(args, name)} is a share; use a number from 0 to 1, such as 0.5")
+
+
 def pack_stage(folder, temp, args, say):
     """The shards of a folder that `tokenize` made, their training documents infilled if asked for, and the table of rows
     of both splits."""
-    if not 1 <= args.seq_len < 1 << 31:
-        raise UsageError(f"--seq_len={args.seq_len} must be a whole number from 1 to {(1 << 31) - 1:,}")
+    check_rows(args)
     meta, tok = open_prepared(folder)
     report = {"seq_len": args.seq_len, "method": args.method}
     for path in sorted(Path(folder).iterdir()):
@@ -3801,6 +3845,9 @@ def prepare_command(args):
         print("filter: left out, it needs --kn or --rules")
     if not stages:
         raise UsageError("--stages: filter alone needs --kn or --rules")
+    check_rows(args)
+    if args.tokenizer:
+        tok_lib.load(args.tokenizer)                             # what cannot be is said before the work begins
     for name in stages:
         folder = out if name == stages[-1] else out / name
         table, usual = {"dedup": (DEDUP, "minhash"), "pack": (PACKERS, "bfd")}.get(name, ((), ""))
@@ -3914,6 +3961,8 @@ def byte_count(text):
 def kn_train(args):
     if not args.out and not args.arpa:
         raise UsageError("kn train writes nothing without --out lm.kn or --arpa lm.arpa")
+    if args.out and args.arpa and os.path.abspath(args.out) == os.path.abspath(args.arpa):
+        raise UsageError(f"--out and --arpa both name {args.out}; give two names")
     report, start = Counter(), time.perf_counter()
     ngrams = estimate(args.input, args.order, unit=settled_unit(args.unit), norm=args.norm, prune=args.prune, discount_fallback=args.discount_fallback,
                       skip_symbols=args.skip_symbols, limit_vocab=args.limit_vocab_file, vocab_pad=args.vocab_pad,
@@ -3947,9 +3996,12 @@ def inspect_command(args):
             report[path] = {"n-grams": model.counts[1:], "unit": model.unit, "norm": model.norm, "quant": model.quant,
                             "bytes": os.path.getsize(path)}
         else:
-            report[path] = inspect_text(Corpus([path], args.out or tempfile.gettempdir()))
+            with tempfile.TemporaryDirectory() as spool:
+                report[path] = inspect_text(Corpus([path], spool))
         print(path, *(f"  {key:14s} {value}" for key, value in report[path].items()), sep="\n")
     write_report(args.report, report)
+    if args.out:
+        write_report(Path(args.out) / "report.json", report)
 
 
 def spread(numbers):
@@ -4022,7 +4074,7 @@ COMMANDS = {            # (who does it, help, flags: (name, default or, where it
         IN, OUT, REPORT, ("tokenizer", "", "folder, file or name; without it one is learned from the text"), *TOKENS, WORKERS]),
     "pack": (stage_command, "give documents their places in rows, infill them", [
         ("INPUT", list, "the folder of `tokenize`", {"nargs": 1}), OUT, REPORT, ("method", "bfd", "how documents fill rows", [*PACKERS]), *ROWS, WORKERS]),
-    "inspect": (inspect_command, "say what text, shards or models hold", [IN, ("out", "", "folder for a copy of stdin"), REPORT]),
+    "inspect": (inspect_command, "say what text, shards or models hold", [IN, ("out", "", "folder for report.json"), REPORT]),
     "prepare": (prepare_command, "norm, dedup, filter, tokenize, pack in one go", [
         IN, OUT, REPORT, ("stages", [*STAGES], "which of them", {"choices": None}), *NORM, ("method", ["minhash", "bfd"], "of dedup and of packing",
         [*DEDUP, *PACKERS]), *DUPLICATES, *FILTER, ("tokenizer", "", "folder, file or name; without it one is learned"), *TOKENS, *ROWS, WORKERS]),
@@ -4035,8 +4087,11 @@ COMMANDS = {            # (who does it, help, flags: (name, default or, where it
 def main(argv):
     if not argv:
         return demo()
+    if argv[0] == "kn" and argv[1:] in ([], ["-h"], ["--help"]):
+        argv = ["--help"]
     if argv[0] == "kn":
         argv = [" ".join(argv[:2]), *argv[2:]]
+    sys.stdin = sys.stdin or open(os.devnull)                    # it may be closed
     try:
         tok_lib.run_commands(argv, "data.py", "Clean, deduplicate, filter, tokenise and pack text.", COMMANDS)
     except BrokenPipeError:

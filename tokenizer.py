@@ -192,6 +192,9 @@ def run_commands(argv, prog, about, table):
                 how.pop("required", None)
             add(name.lower() if name.isupper() else f"--{name}", help=text, **how)
     args = parser.parse_args(argv)
+    for name in ("workers", "examples", "shard_tokens", "rounds"):
+        if getattr(args, name, 0) < 0:
+            raise UsageError(f"--{name}={getattr(args, name)} must not be negative")
     table[args.command][0](args)
 
 
@@ -355,7 +358,7 @@ def _parse_line(raw, report):
     if not raw.strip():
         return None
     try:
-        document = json.loads(decode_utf8(raw, report))
+        document = json.loads(decode_utf8(raw.removeprefix(b"\xef\xbb\xbf"), report))      # a byte order mark opens some files
         if isinstance(document["text"], str):
             return document | {"text": clean_surrogates(document["text"])}
     except (ValueError, KeyError, TypeError, RecursionError):   # ValueError: no JSON, or a number of thousands of digits

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -2017,3 +2018,57 @@ def test_stdin_is_read_and_inspect_says_what_is_inside(messy, tmp_path):
     run_data("inspect", messy, "--report", tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())[str(messy)]
     assert found["documents"] == 267 and found["exact copies"] == 20 and found["fields"]["meta"] == 267
+
+
+def test_a_stage_is_done_again_when_its_result_is_not_there(messy, tmp_path):
+    out, again = tmp_path / "o", lambda *args: "done before" not in run_data(*args).stdout
+    norm = ["norm", messy, "--out", out]
+    assert [again(*norm), again(*norm)] == [True, False]
+    kept = (out / "kept.jsonl").read_bytes()
+    (out / "kept.jsonl").unlink()
+    assert again(*norm) and (out / "kept.jsonl").read_bytes() == kept
+    dedup = ["dedup", messy, "--out", out]
+    assert again(*dedup) and again(*norm) and (out / "kept.jsonl").read_bytes() == kept          # one took the other's place
+    assert again(*dedup) and not again(*dedup) and again(*dedup, "--clusters", tmp_path / "c.jsonl") and (tmp_path / "c.jsonl").exists()
+    (out / ".dedup.json").write_text("{")                        # damaged
+    assert again(*dedup)
+    filtered = tmp_path / "f"
+    run_data("filter", messy, "--rules", "gopher", "--out", filtered)
+    run_data("norm", filtered, "--out", tmp_path / "n")          # a result is what was kept, not what was dropped
+    assert len(read_jsonl(tmp_path / "n/kept.jsonl")) == len(read_jsonl(filtered / "kept.jsonl")) < 267
+
+
+def test_fewer_shards_leave_none_of_the_old(messy, tmp_path):
+    tokenize = ["tokenize", messy, "--out", tmp_path / "t", "--vocab_size", 300]
+    run_data(*tokenize, "--val_fraction", .1, "--shard_tokens", 5000)
+    many = len(list((tmp_path / "t").glob("*.bin")))
+    run_data(*tokenize, "--val_fraction", 0)
+    assert many > 5 and [p.name for p in (tmp_path / "t").glob("*.bin")] == ["train_000000.bin"]
+
+
+@pytest.mark.parametrize("args, says", [
+    (["norm", "folder", "--out", "folder/inside"], "inside the input"),
+    (["norm", "folder/kept.jsonl", "--out", "folder"], "cannot take a result"),
+    (["dedup", "folder/kept.jsonl", "--out", "o", "--clusters", "folder"], "cannot take a result"),
+    (["filter", "folder/kept.jsonl", "--out", "o", "--rules", "c4", "--dropped", "folder/kept.jsonl"], "cannot take a result"),
+    (["prepare", "folder/kept.jsonl", "--out", "o", "--seq_len", "0"], "--seq_len"),
+    (["kn", "train", "folder/kept.jsonl", "--order", "1000000000", "--out", "lm"], "--order"),
+    (["norm", "-", "-", "--out", "o"], "stdin"),
+])
+def test_nothing_is_written_over_what_was_given(args, says, tmp_path):
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder/kept.jsonl", [{"text": "some words of text"}] * 3)
+    done = subprocess.run([sys.executable, ROOT / "data.py", *args], cwd=tmp_path, capture_output=True, text=True, input="")
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["folder/kept.jsonl"]
+
+
+def test_damaged_thresholds_are_refused(tmp_path):
+    model = SimpleNamespace(counts=[0, 5], unit="space", norm="none")
+    data.save_thresholds(tmp_path / "t", {"en": [1.0, 9.0]}, {"en": model})
+    assert data.load_thresholds(tmp_path / "t", {"en": model}) == {"en": [1.0, 9.0]}
+    good = (tmp_path / "t").read_text()
+    for bad in (good.replace("1.0", "NaN"), good.replace("1.0", "99.0"), good.replace('"format": 1', '"format": 9'), "[" * 100_000, "{}"):
+        (tmp_path / "t").write_text(bad)
+        with pytest.raises(T.UsageError, match="cannot be used"):
+            data.load_thresholds(tmp_path / "t", {"en": model})
