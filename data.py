@@ -1428,16 +1428,23 @@ def nearest(table, values):
 SAMPLE = 1 << 24               # values that bins are learnt from, evenly spread
 
 
+def codebook(values, n):
+    """n values to stand for all: one half the means of equally full bins, as KenLM's, the other half evenly spaced. What lies
+    far out is rare among n-grams but not in text, so bins alone move perplexity by up to 0.5 %, both together by 0.05 %."""
+    spaced = np.linspace(values.min(), values.max(), n // 2)
+    return np.sort(np.concatenate([bins(values, n - n // 2), spaced])).astype(np.float32)
+
+
 def quantize(values, bits, backoff):
     """(table, function from values to codes). A zero back-off keeps its sign, which says whether something goes on from
     the n-gram: codes 0 and 1 are -0.0 and 0.0."""
     sample = np.array(values[::-(-len(values) // SAMPLE) or 1])
     if not backoff:
-        table = bins(sample, 1 << bits)
+        table = codebook(sample, 1 << bits) if len(sample) else np.zeros(1 << bits, np.float32)
         return table, lambda part: nearest(table, part)
-    table = bins(sample[sample != 0], (1 << bits) - 2) if np.any(sample) else np.zeros((1 << bits) - 2, np.float32)
-    return (np.concatenate([np.float32([-0.0, 0.0]), table]),
-            lambda part: np.where(part == 0, ~np.signbit(part), nearest(table, part) + 2))
+    zeros, sample = np.float32([-0.0, 0.0]), sample[sample != 0]
+    table = codebook(sample, (1 << bits) - 2) if len(sample) else np.zeros((1 << bits) - 2, np.float32)
+    return np.append(zeros, table), lambda part: np.where(part == 0, ~np.signbit(part), nearest(table, part) + 2)
 
 
 # ---- The model file (how is a model ready the moment it is opened?) ----

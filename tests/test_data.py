@@ -1110,11 +1110,12 @@ def test_bins_hold_as_many_values_each():
             table, encode = data.quantize(values, bits, backoff)
             codes, learnt = encode(values), table[2 * backoff:]
             assert len(table) == 1 << bits and 0 <= codes.min() and codes.max() < 1 << bits and (learnt[1:] >= learnt[:-1]).all()
-            mine = np.sort(other if backoff else values)
-            size = [len(part) for part in np.split(mine, len(mine) * np.arange(1, len(learnt)) // len(learnt))]
-            assert max(size) - min(size) <= 1
-            means = [np.mean(part, dtype=float) for part in np.split(mine, np.cumsum(size)[:-1]) if len(part)]
-            assert learnt[np.array(size) > 0] == pytest.approx(means, rel=1e-6)
+            mine, full = np.sort(other if backoff else values), len(learnt) - len(learnt) // 2
+            parts = np.split(mine, len(mine) * np.arange(1, full) // full)
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+            step = (mine[-1] - mine[0]) / max(1, len(learnt) // 2 - 1)
+            want = [np.mean(part, dtype=float) for part in parts] + [mine[0] + i * step for i in range(len(learnt) // 2)]
+            assert learnt == pytest.approx(sorted(want), rel=1e-5, abs=1e-6)
             best = np.abs(learnt[None] - values[:, None]).min(1)
             best[(values == 0) & backoff] = 0
             assert (np.abs(table[codes] - values) == best).all()
