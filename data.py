@@ -1259,14 +1259,15 @@ class Probing:
         first = self.child.take(nodes, mode="clip")
         count, key = self.child[1:].take(nodes, mode="clip") - first, words * MIX
         at, todo, found = self.home(first, count, key), np.flatnonzero(count), [(np.zeros(0, np.int64),) * 2]
-        at, first, count, key = at.take(todo, mode="clip"), first.take(todo, mode="clip"), count.take(todo, mode="clip"), key.take(todo, mode="clip")
+        only = lambda index, *arrays: (array.take(index, mode="clip") for array in arrays)       # clip: faster than to check
+        at, first, count, key = only(todo, at, first, count, key)
         while len(todo):
             node = self.slots.take(at, mode="clip")
             ours = node - first < count                          # unsigned: false on both sides of the range
             here = self.left.take(node, mode="clip") * MIX
             yes, on = np.flatnonzero(ours & (here == key)), np.flatnonzero((node < first) | ours & (here < key))
             found.append((todo.take(yes, mode="clip"), node.take(yes, mode="clip").astype(np.int64)))
-            todo, at, first, count, key = todo.take(on, mode="clip"), at.take(on, mode="clip") + 1, first.take(on, mode="clip"), count.take(on, mode="clip"), key.take(on, mode="clip")
+            todo, at, first, count, key = only(on, todo, at + 1, first, count, key)
         return tuple(map(np.concatenate, zip(*found)))
 
 
@@ -3138,7 +3139,8 @@ def open_prepared(folder):
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        if not all(type(meta[name]) is int for name in ("n_vocab", "eot", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes")):
+        names = ("n_vocab", "eot", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes")
+        if not all(type(meta[name]) is int for name in names):
             raise ValueError("a number is missing")
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path} is damaged ({error!r}); make {folder} again") from None
@@ -3790,7 +3792,7 @@ STAGES = {                             # in the order that prepare runs them: wh
     "tokenize": (tokenize_stage, "tokenizer vocab_size pattern tokenizer_mb dtype shard_tokens val_fraction"),
     "pack": (pack_stage, "method seq_len fim_rate fim_spm seed"),
 }
-NAMED = {"clusters.jsonl": "clusters", "dropped.jsonl": "dropped", "thresholds.json": "thresholds"}        # result: the flag that may name it
+NAMED = {"clusters.jsonl": "clusters", "dropped.jsonl": "dropped", "thresholds.json": "thresholds"}      # result: flag to name it
 
 
 def file_stamps(texts):
@@ -3810,7 +3812,8 @@ def run_one(name, source, folder, args, say, known=""):
 
     def key():
         chosen = {flag: getattr(args, flag) for flag in flags.split()}
-        files = file_stamps([*(text.partition("=")[2] or text for text in chosen.get("kn") or []), chosen.get("tokenizer"), chosen.get("thresholds")])
+        models = [text.partition("=")[2] or text for text in chosen.get("kn") or []]
+        files = file_stamps([*models, chosen.get("tokenizer"), chosen.get("thresholds")])
         return [known or (file_stamps([corpus]) if name == "pack" else corpus.fingerprint), chosen, files]
 
     named = {file: Path(getattr(args, flag)) for file, flag in NAMED.items() if getattr(args, flag, "")}
@@ -3820,7 +3823,8 @@ def run_one(name, source, folder, args, say, known=""):
             raise UsageError(f"{path} cannot take a result: it is a folder, or the input itself; name another place")
     for path in source if not known else ():
         if os.path.isdir(path) and Path(path).resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise UsageError(f"--out={folder} lies inside the input {path}, so the results would be read as input next time; name another folder")
+            raise UsageError(f"--out={folder} lies inside the input {path}, so the results would be read as input next time; "
+                             f"name another folder")
     say(f"{name}: {', '.join(map(str, source))} -> {folder}")
     start = time.perf_counter()
     report, known = run_stage(name, folder, key, lambda temp: make(corpus, temp, args, say), say, named)
@@ -3924,9 +3928,10 @@ def bench(args):
         path = lambda name: str(Path(folder) / name)
         Path(path("text")).write_bytes(SPECIAL.sub(b"", b"".join(text.encode("utf-8", "replace") + b"\n" for text in texts)))
         estimated = lambda: estimate([path("text")], args.order)
-        works = {"lmplz": lambda: subprocess.run([args.lmplz, "-o", str(args.order), "-S", "1G", "-T", folder, "--text", path("text"), "--arpa",
-                                                  path("theirs.arpa")], check=True, stderr=subprocess.DEVNULL)} if args.lmplz else {}
-        works |= {"ours, ARPA": lambda: write_arpa(estimated(), path("ours.arpa")), "ours, model": lambda: save_model(estimated(), path("lm.kn"))}
+        lmplz = [args.lmplz, "-o", str(args.order), "-S", "1G", "-T", folder, "--text", path("text"), "--arpa", path("theirs.arpa")]
+        works = {"lmplz": lambda: subprocess.run(lmplz, check=True, stderr=subprocess.DEVNULL)} if args.lmplz else {}
+        works |= {"ours, ARPA": lambda: write_arpa(estimated(), path("ours.arpa")),
+                  "ours, model": lambda: save_model(estimated(), path("lm.kn"))}
         tok_lib.race(f"kn train --order {args.order}, {os.path.getsize(path('text')) / 1e6:.1f} MB", works, args.rounds)
 
         model, lines = open_model(path("lm.kn")), Path(path("text")).read_bytes().split(b"\n")[:200_000]
@@ -3971,9 +3976,10 @@ def kn_train(args):
     if args.out and args.arpa and os.path.abspath(args.out) == os.path.abspath(args.arpa):
         raise UsageError(f"--out and --arpa both name {args.out}; give two names")
     report, start = Counter(), time.perf_counter()
-    ngrams = estimate(args.input, args.order, unit=settled_unit(args.unit), norm=args.norm, prune=args.prune, discount_fallback=args.discount_fallback,
-                      skip_symbols=args.skip_symbols, limit_vocab=args.limit_vocab_file, vocab_pad=args.vocab_pad,
-                      interpolate_unigrams=args.interpolate_unigrams, mem=byte_count(args.mem), workers=args.workers or cores(), report=report, tmp=os.path.dirname(args.out or args.arpa))
+    ngrams = estimate(args.input, args.order, unit=settled_unit(args.unit), norm=args.norm, prune=args.prune,
+                      discount_fallback=args.discount_fallback, skip_symbols=args.skip_symbols, limit_vocab=args.limit_vocab_file,
+                      vocab_pad=args.vocab_pad, interpolate_unigrams=args.interpolate_unigrams, mem=byte_count(args.mem),
+                      workers=args.workers or cores(), report=report, tmp=os.path.dirname(args.out or args.arpa))
     if args.arpa:
         write_arpa(ngrams, args.arpa)
     if args.out:
@@ -4053,7 +4059,8 @@ FILTER = [("kn", [], "model of good text, or group=model for several, with --by"
           ("by", "", "field that says which group a document belongs to, such as meta.lang; each group has its own cuts"),
           ("thresholds", "", "file of cuts: used if it is there, else written"),
           ("rules", "", f"some of {','.join(RULES)}"), ("score_only", False, "keep every document, with its score and reason"),
-          ("dropped", "", "file for the other documents, with a reason (OUT/dropped.jsonl)"), ("examples", 5, "of each side of each cut, in the report")]
+          ("dropped", "", "file for the other documents, with a reason (OUT/dropped.jsonl)"),
+          ("examples", 5, "of each side of each cut, in the report")]
 TOKENS = [("dtype", "auto", "of an id on disk", ["auto", "uint16", "uint32"]), ("shard_tokens", SHARD_TOKENS, "ids in a file"),
           ("val_fraction", 0.001, "share of the text, whole documents at its end, held out for validation"),
           ("vocab_size", 32_768, "without --tokenizer: tokens to learn"), ("pattern", "cl100k", "without --tokenizer: how to cut words"),
@@ -4065,26 +4072,33 @@ COMMANDS = {            # (who does it, help, flags: (name, default or, where it
         IN, ("order", 5, "words in the longest n-gram"), ("out", "", "model file"), ("arpa", "", "ARPA file"),
         ("prune", [], "drop n-grams seen so often or less, for each order, such as 0 0 1", {"type": tok_lib.integer}),
         ("discount_fallback", None, "discounts where the counts allow none (.5 1 1.5)", {"type": tok_lib.number, "nargs": "*"}),
-        ("skip_symbols", False, "treat <s>, </s>, <unk> in the text as blanks"), ("limit_vocab_file", "", "keep only n-grams of these words"),
+        ("skip_symbols", False, "treat <s>, </s>, <unk> in the text as blanks"),
+        ("limit_vocab_file", "", "keep only n-grams of these words"),
         ("vocab_pad", 0, "size of the vocabulary for the uniform share of unknown words"),
         ("interpolate_unigrams", True, "give every word its share of the uniform distribution"),
-        ("mem", "0", "memory to stay within, such as 2G; then sorts on disk (0: any)"), ("unit", "space", "what a word is: space, char, tok:FILE"),
-        ("norm", "none", "what to do to text first", [*NORMALIZE]), ("quant", 0, "bits of a packed value; 0: plain arrays and hash tables"), WORKERS]),
+        ("mem", "0", "memory to stay within, such as 2G; then sorts on disk (0: any)"),
+        ("unit", "space", "what a word is: space, char, tok:FILE"),
+        ("norm", "none", "what to do to text first", [*NORMALIZE]),
+        ("quant", 0, "bits of a packed value; 0: plain arrays and hash tables"), WORKERS]),
     "kn arpa": (kn_convert, "convert between ARPA and model files", [
-        ("MODEL", str, "lm.kn or lm.arpa"), ("out", str, "X.arpa, or another name for a model file"), ("quant", 0, "bits of a packed value")]),
+        ("MODEL", str, "lm.kn or lm.arpa"), ("out", str, "X.arpa, or another name for a model file"),
+        ("quant", 0, "bits of a packed value")]),
     "kn query": (lambda args: query(args.model, args.input, args.summary), "log10 p, n-gram length and oov of each word; totals", [
-        ("MODEL", str, "lm.kn or lm.arpa"), ("INPUT", "-", "text, a sentence a line (stdin)", {"nargs": "?"}), ("summary", False, "totals only")]),
+        ("MODEL", str, "lm.kn or lm.arpa"), ("INPUT", "-", "text, a sentence a line (stdin)", {"nargs": "?"}),
+        ("summary", False, "totals only")]),
     "norm": (stage_command, "normalise texts", [IN, OUT, REPORT, *NORM, WORKERS]),
     "dedup": (stage_command, "drop copies", [IN, OUT, REPORT, ("method", "minhash", "what a copy is", [*DEDUP]), *DUPLICATES, WORKERS]),
     "filter": (stage_command, "score texts with a model of good text, check rules, drop what fails", [IN, OUT, REPORT, *FILTER, WORKERS]),
     "tokenize": (stage_command, "turn documents into shards of ids", [
         IN, OUT, REPORT, ("tokenizer", "", "folder, file or name; without it one is learned from the text"), *TOKENS, WORKERS]),
     "pack": (stage_command, "give documents their places in rows, infill them", [
-        ("INPUT", list, "the folder of `tokenize`", {"nargs": 1}), OUT, REPORT, ("method", "bfd", "how documents fill rows", [*PACKERS]), *ROWS, WORKERS]),
+        ("INPUT", list, "the folder of `tokenize`", {"nargs": 1}), OUT, REPORT,
+        ("method", "bfd", "how documents fill rows", [*PACKERS]), *ROWS, WORKERS]),
     "inspect": (inspect_command, "say what text, shards or models hold", [IN, ("out", "", "folder for report.json"), REPORT]),
     "prepare": (prepare_command, "norm, dedup, filter, tokenize, pack in one go", [
-        IN, OUT, REPORT, ("stages", [*STAGES], "which of them", {"choices": None}), *NORM, ("method", ["minhash", "bfd"], "of dedup and of packing",
-        [*DEDUP, *PACKERS]), *DUPLICATES, *FILTER, ("tokenizer", "", "folder, file or name; without it one is learned"), *TOKENS, *ROWS, WORKERS]),
+        IN, OUT, REPORT, ("stages", [*STAGES], "which of them", {"choices": None}), *NORM,
+        ("method", ["minhash", "bfd"], "of dedup and of packing", [*DEDUP, *PACKERS]), *DUPLICATES, *FILTER,
+        ("tokenizer", "", "folder, file or name; without it one is learned"), *TOKENS, *ROWS, WORKERS]),
     "bench": (lambda args: bench(args), "time all of it against the libraries that are installed", [
         ("INPUT", list, "text (without it: the sources of Python's standard library)", {"nargs": "*"}), ("order", 3, "of the n-gram model"),
         ("lmplz", "", "path of kenlm's lmplz, to race it"), ("rounds", 3, "runs of each, in turn; the best counts")]),
