@@ -287,6 +287,15 @@ def move(path, to):
             shutil.copyfileobj(file, copy)
 
 
+def n_bytes(text):
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def line_of(document):
+    """A document as a line of .jsonl."""
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
 def batches(documents, size=1 << 18):
     """Lists of documents of about `size` characters: enough to pay for the array calls, few enough for the cache."""
     batch, room = [], size
@@ -724,7 +733,7 @@ class Store:
 
 
 def release(array):
-    """The pages of an array that is mapped from a file need not stay in memory."""
+    """Lets go of the pages of an array that is mapped from a file: they stay in the page cache, but no longer count as ours."""
     while isinstance(array, (np.ndarray, memoryview)):
         array = array.base if isinstance(array, np.ndarray) else array.obj
     if isinstance(array, mmap.mmap):
@@ -2270,7 +2279,7 @@ def judge(documents, report, cuts=(), rules=(), score_only=False, dropped=False,
         if not why and "c4" in rules and not score_only:         # C4 is also an edit: a page loses the lines that fail
             document["text"] = "\n".join(Anatomy(document["text"]).c4_lines)
         if dropped == bool(why and not score_only):
-            yield json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+            yield line_of(document)
     report.update(json.dumps([*key, entry]) for key, near in nearest.items() for entry in near)
 
 
@@ -2684,7 +2693,7 @@ DEDUP = {                        # flag --method: record of a batch of texts, ty
 
 def survivors(documents, first, spool, twins, tails, cfg, report):
     """Pass 3 over the part whose first document has the number `first`: what is left of each document."""
-    dropped, size = {d for d, _, _ in twins}, lambda text: len(text.encode("utf-8", "surrogatepass"))
+    dropped = {d for d, _, _ in twins}
     for number, document in enumerate(documents, first):
         text = left = document["text"]
         if number in dropped:
@@ -2693,7 +2702,7 @@ def survivors(documents, first, spool, twins, tails, cfg, report):
             left = without(text, its, cfg.span)
         if left != text:
             report["dropped" if left is None else "cut"] += 1
-            report["bytes_dropped"] += size(text) - size(left or "")
+            report["bytes_dropped"] += n_bytes(text) - n_bytes(left or "")
         if left is not None:
             yield document if left is text else {**document, "text": left}
 
@@ -2793,11 +2802,6 @@ def mapped_bytes():
     return 0
 
 
-def let_go(part):
-    """Unmaps the pages of a file that were read: they stay in the page cache, but no longer count as this process's."""
-    part.base.obj.madvise(mmap.MADV_DONTNEED)
-
-
 def open_shard(path, bare=False):
     """The ids of a file with llm.c's header (bare: or without one, uint16 as nanoGPT writes them)."""
     head = np.fromfile(path, dtype=np.int32, count=3)
@@ -2813,7 +2817,7 @@ def documents_at(part, eot, step=2**24):
     n, found = len(part) - 1, [[0]]
     for low in range(0, n, step):
         found.append(low + np.flatnonzero(part[low:min(low + step, n)] == eot))
-        let_go(part)
+        release(part)
     starts = np.unique(np.concatenate(found)).astype(np.int64)[:n]
     return starts, np.diff(starts, append=n)
 
@@ -2904,7 +2908,7 @@ class Shards:
             self.touched = 0
             if mapped_bytes() > self.mapped + MAPPED:
                 for part in self.parts:
-                    let_go(part)
+                    release(part)
 
 
 # ---- Tokenising (from any text to shards, once) ----
@@ -2938,10 +2942,6 @@ def measure(corpus, report, budget):
                     sample, stride = sample[::2], stride * 2
                     held = sum(len(text) for _, text in sample)
     return sizes, firsts, sample
-
-
-def n_bytes(text):
-    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def cut_text(text, at):
@@ -3621,10 +3621,6 @@ def write_documents(path, documents):
             file.write(line_of(document))
             count, size = count + 1, size + n_bytes(document["text"])
     return {"documents_out": count, "bytes_out": size}
-
-
-def line_of(document):
-    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def read_lines(paths):

@@ -334,7 +334,7 @@ def test_nanogpt_and_llm_c_are_read(tmp_path):
 
 def test_documents_are_found_across_the_steps_of_the_search(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(data, "let_go", steps.append)
+    monkeypatch.setattr(data, "release", steps.append)
     np.random.default_rng(0).integers(0, 5, 1000, dtype=np.uint16).tofile(tmp_path / "x.bin")
     part = data.map_ids(tmp_path / "x.bin", np.uint16)
     starts, lengths = data.documents_at(part, 3, step=7)
@@ -606,7 +606,7 @@ def test_resident_memory_is_flat(tmp_path, monkeypatch):
         return int(text[text.index(str(tmp_path / "train.bin")):].split("Rss:")[1].split()[0]) * 1024
 
     dropped, least = [], []
-    monkeypatch.setattr(data, "let_go", lambda part, real=data.let_go: (dropped.append(resident()), real(part), least.append(resident())))
+    monkeypatch.setattr(data, "release", lambda part, real=data.release: (dropped.append(resident()), real(part), least.append(resident())))
     for i in range(0, loader.n_rows - 16, 16):
         loader.samples(i, 16)
     assert len(dropped) >= 3 and min(dropped) > 900_000 and max(least) == 0
