@@ -2,53 +2,86 @@
 
 A decoder reads ids and writes, at every place, a score for each id that could come next. It is one vector per token, the
 residual stream, to which every block adds twice: once what attention fetched from other tokens, once what an MLP
-computed from the token alone. Everything that differs between GPT-2 and Llama is a field of ModelConfig.
+computed from the token alone. Everything that differs between GPT-2, BERT, T5, Llama and Gemma is a field of ModelConfig.
 
     x = E[token] (+ P[position])
     x = x + Attention(Norm(x));   x = x + MLP(Norm(x))         for every block, norms first                [GPT2 sec 2.3]
     logits = Norm(x) E^T  (or an own head)
-    MLP(x)    = W_down act(W_up x)                             gelu                                         [GELU eq 1]
+    MLP(x)    = W_down act(W_up x)                             gelu                                         [GELU sec 2]
     SwiGLU(x) = W_down (silu(W_gate x) * W_up x)               gated                                        [GLU eq 6]
+    and in general, for each of the two:   x = after( alpha x + beta post( f( pre(x) ) ) )                   (--norm_at)
 
-Contents:    config and presets | norms | activations and MLP | block | Model | sizes | Hugging Face folders | demo
-Shapes:      B batch, T queries, D n_embd, F d_ff, V vocab, M rows (B T flattened)
+Contents:    config and presets | norms | activations and MLP | block | Model | generation | initial weights | sizes |
+             drawing | Hugging Face folders | demo and command line
+Shapes:      B batch, T queries, S source tokens, D n_embd, F d_ff, V vocab, M rows (B T flattened)
 References:
     [GPT2]   Language Models are Unsupervised Multitask Learners, OpenAI 2019
-    [GELU]   Gaussian Error Linear Units, arXiv:1606.08415
-    [GLU]    GLU Variants Improve Transformer, arXiv:2002.05202
-    [RMS]    Root Mean Square Layer Normalization, arXiv:1910.07467
-    [PaLM]   PaLM: Scaling Language Modeling with Pathways, arXiv:2204.02311
-Run me:      python model.py      (parameters, FLOPs and cache of the presets)
+    [GELU] 1606.08415; [GLU] GLU Variants Improve Transformer, 2002.05202; [Swish] 1710.05941; [Mish] 1908.08681;
+    [Primer] 2109.08668; [LN] Layer Normalization, 1607.06450; [RMS] RMSNorm, 1910.07467; [GN] Group Normalization, 1803.08494;
+    [TNL] TransNormerLLM, 2307.14995; [DeepNet] 2203.00555; [GLM130B] 2210.02414; [CTRL] 1909.05858; [PaLM] 2204.02311
+Run me:      python model.py                               (presets and a first generation)
+             python model.py --describe --preset=llama     (what it costs; any flags, or a Hugging Face folder)
+             python model.py --draw=out.svg --attn=mla     (every tensor to scale)
 """
 import contextlib
 import hashlib
+import html
+import itertools
 import json
-from dataclasses import dataclass
+import math
+import re
+import string
+import textwrap
+import warnings
+from collections import namedtuple
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import dist
-from attention import ATTENTION, POSITIONS, AttentionConfig, Cache, Mask, Rope, document_mask, unturned
-from kernels import linear_cross_entropy, rmsnorm, to_autocast
+from attention import (ATTENTION, FEATURE_MAPS, PATTERNS, POSITIONS, QK_NORMS, ROPE_LAYOUTS, ROPE_SCALINGS, AttentionConfig, Cache,
+                       Cross, Layer, Pass, Places, RMSNorm, head_dim, inverse_frequencies, places_in_documents, seen_keys,
+                       sinusoid, sparse_sizes)
+from kernels import linear_cross_entropy, to_autocast
 from moe import ROUTERS, MoE, MoEConfig
-from tokenizer import UsageError, atomic_write, run_cli
+from tokenizer import Parser, UsageError, add_flags, atomic_write, run_cli
 
 
 @dataclass
 class ModelConfig(AttentionConfig, MoEConfig):
+    arch: str = "decoder"          # who sees whom, a key of ARCHS
+    n_enc_layer: int = 0           # encdec: blocks of the encoder; 0 means n_layer
+    start_token: int = 0           # encdec: the id a generated text begins with
     vocab_size: int = 2048         # ids the model knows; a tokenizer trained here gets as many
-    seq_len: int = 256             # tokens of a training row
-    n_layer: int = 4               # blocks
     d_ff: int = 0                  # hidden width of the MLP; 0 means 4 n_embd, or two thirds of that where gated
-    norm: str = "rms"              # normalisation, a key of NORMS
-    norm_eps: float = 1e-6         # added to the variance
     act: str = "swiglu"            # MLP activation, a key of ACTIVATIONS
     mlp_bias: bool = False         # biases in the MLP
+    norm: str = "rms"              # normalisation, a key of NORMS
+    norm_at: str = "pre"           # where a block normalises, a key of PLACEMENTS
+    norm_groups: int = 8           # group: groups of channels
+    norm_share: float = 0.0625     # prms: share of the channels that the mean is taken over
+    res_alpha: float = 0.0         # factor on the stream in a block; 0 means by its placement
+    res_beta: float = 0.0          # factor on what a block adds; 0 means 1
+    res_alpha_linear: float = 0.0  # the same around linear mixers; 0 means as res_alpha
+    res_beta_linear: float = 0.0   # 0 means as res_beta
+    res_alpha_mlp: float = 0.0     # the same around MLPs; 0 means as res_alpha
+    res_beta_mlp: float = 0.0      # 0 means as res_beta
     tie_embeddings: bool = True    # the head is the embedding
+    head_bias: bool = False        # a bias an id
+    headless: bool = False         # no head: the model's output is its hidden states
+    mlm_head: bool = False         # BERT: dense, activation and norm before the head
+    pooler: bool = False           # BERT: tanh(W x + b) of the first token
+    n_token_type: int = 0          # BERT: kinds of segments, each with an embedding
+    embed_norm: bool = False       # normalise the embedded input
+    embed_scale: bool = False      # embeddings times sqrt(n_embd)
+    embed_grad_shrink: float = 1.0 # factor on the embedding's gradient; GLM-130B takes 0.1
+    logit_scale: float = 1.0       # factor on what the head reads
+    logit_softcap: float = 0.0     # logits l become c tanh(l / c); 0 leaves them
     embed_dropout: float = 0.0     # share of the embedded input dropped in training
     resid_dropout: float = 0.0     # share of what a block adds dropped in training
     init_std: float = 0.02         # spread of initial weights
@@ -60,64 +93,182 @@ PRESETS = {                        # flag --preset: many flags at once, later fl
                  pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True, lr=6e-4),
     "llama": dict(n_layer=12, n_head=12, n_embd=768, n_kv_head=4, attn="gqa", d_ff=2048, seq_len=1024, norm="rms",
                   norm_eps=1e-5, act="swiglu", pos="rope", tie_embeddings=False, lr=6e-4),
+    "deepseek-v3": dict(n_layer=61, n_head=128, n_embd=7168, attn="mla", q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+                        qk_rope_head_dim=64, v_head_dim=128, rope_layout="interleaved", d_ff=18432, moe=True, n_expert=256,
+                        n_active=8, n_shared_expert=1, d_expert=2048, n_dense_layer=3, routed_scale=2.5, seq_len=4096,
+                        vocab_size=129280, tie_embeddings=False),
 }
+
+ARCHS = {                          # flag --arch
+    "decoder": "every token sees those before it",
+    "prefix": "the first prefix_len tokens see each other both ways, the rest those before them",
+    "encoder": "every token sees all",
+    "encdec": "an encoder reads the source, a decoder reads itself and the encoder",
+}
+
+
+def layer_plan(cfg, n_layer=0):
+    """[Layer] of all blocks, from --layers (repeated over the depth) or --attn."""
+    names = []
+    for item in (cfg.layers or cfg.attn).split(","):
+        name, _, count = item.strip().partition("*")
+        if name not in ATTENTION or not (count or "1").isdigit() or not int(count or 1):
+            raise UsageError(f"--layers={cfg.layers}: {item!r} is neither a mixer nor mixer*count, as in swa*5,mha; mixers are {list(ATTENTION)}")
+        names += [name] * int(count or 1)
+
+    def window(name):
+        if name == "swa":
+            return cfg.window or max(1, cfg.seq_len // 4)
+        return 0 if cfg.layers or ATTENTION[name].recurrent else cfg.window      # --layers says itself which see a window
+
+    plan = [names[i % len(names)] for i in range(n_layer or cfg.n_layer)]
+    return [Layer(i, name, window(name), cfg.moe and i >= cfg.n_dense_layer) for i, name in enumerate(plan)]
 
 
 def validate(cfg):
     """Refuse impossible shapes and unknown names before anything is built."""
-    for field, table in (("attn", ATTENTION), ("norm", NORMS), ("act", ACTIVATIONS), ("pos", POSITIONS), ("router", ROUTERS)):
-        if getattr(cfg, field) not in table:
-            raise UsageError(f"--{field}={getattr(cfg, field)} is not known; use one of {list(table)}")
-    for field in ("vocab_size", "seq_len", "n_layer", "n_embd", "n_head"):
-        if getattr(cfg, field) < 1:
-            raise UsageError(f"--{field}={getattr(cfg, field)} must be at least 1, for example {getattr(ModelConfig, field)}")
-    for field in ("embed_dropout", "resid_dropout", "attn_dropout"):
-        if not 0 <= getattr(cfg, field) < 1:
-            raise UsageError(f"--{field}={getattr(cfg, field)} is a share; use a number from 0 up to but not including 1")
-    for field in ("norm_eps", "init_std"):
-        if getattr(cfg, field) <= 0:
-            raise UsageError(f"--{field}={getattr(cfg, field)} must be above 0, for example {getattr(ModelConfig, field)}")
+    tables = dict(attn=ATTENTION, norm=NORMS, norm_at=PLACEMENTS, act=ACTIVATIONS, pos=POSITIONS, router=ROUTERS, arch=ARCHS,
+                  rope_scaling=ROPE_SCALINGS, rope_layout=ROPE_LAYOUTS, qk_norm=QK_NORMS, feature_map=FEATURE_MAPS)
+    for name, table in tables.items():
+        if getattr(cfg, name) not in table:
+            raise UsageError(f"--{name}={getattr(cfg, name)} is not known; use one of {list(table)}")
+    for name in ("vocab_size", "seq_len", "n_layer", "n_embd", "n_head", "tile", "shaw_clip", "t5_buckets", "norm_groups"):
+        if getattr(cfg, name) < 1:
+            raise UsageError(f"--{name}={getattr(cfg, name)} must be at least 1, for example {getattr(ModelConfig, name)}")
+    for name in ("n_kv_head", "head_dim", "window", "d_ff", "n_enc_layer", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+                  "v_head_dim", "sparse_stride", "sparse_width", "lrpe_layers", "n_token_type", "rope_original", "attn_softcap", "logit_softcap",
+                  "clip_qkv", "attn_scale", "rope_local_theta"):
+        if getattr(cfg, name) < 0:
+            raise UsageError(f"--{name}={getattr(cfg, name)} cannot be negative; use {getattr(ModelConfig, name)} for its default")
+    for name in ("embed_dropout", "resid_dropout", "attn_dropout"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise UsageError(f"--{name}={getattr(cfg, name)} is a share; use a number from 0 up to but not including 1")
+    for name in ("norm_eps", "init_std", "rope_theta", "rope_factor"):
+        if getattr(cfg, name) <= 0:
+            raise UsageError(f"--{name}={getattr(cfg, name)} must be above 0, for example {getattr(ModelConfig, name)}")
+    for name in ("rope_fraction", "norm_share"):
+        if not 0 < getattr(cfg, name) <= 1:
+            raise UsageError(f"--{name}={getattr(cfg, name)} is a share above 0 and at most 1, for example {getattr(ModelConfig, name)}")
+    recurrent = [layer.attn for layer in layer_plan(cfg) if ATTENTION[layer.attn].recurrent]
+    if recurrent and cfg.arch != "decoder":
+        raise UsageError(f"--attn={recurrent[0]} reads from left to right, which --arch={cfg.arch} does not; use a softmax variant such as mha")
+    if recurrent and cfg.pos in ("t5", "alibi", "shaw"):
+        raise UsageError(f"--pos={cfg.pos} changes softmax scores, and --attn={recurrent[0]} has none; use --pos=rope or none")
+    if cfg.norm_one_plus and cfg.norm != "rms":
+        raise UsageError(f"--norm_one_plus is for --norm=rms, not {cfg.norm}; leave it out")
+
+
+def pinned(cfg):
+    """{field: value} of what --seq_len decides by default; weights keep it when they go on with rows of another length."""
+    plan = layer_plan(cfg)
+    kept = dict(window=max(layer.window for layer in plan))
+    if cfg.rope_scaling != "none":
+        kept["rope_original"] = cfg.rope_original or cfg.seq_len
+    if any(layer.attn in PATTERNS for layer in plan):
+        kept["sparse_stride"], kept["sparse_width"] = sparse_sizes(cfg)
+    return kept
 
 
 # ---- Norms (keep the stream at unit size) ----
 
-class RMSNorm(nn.Module):
-    """Scale only, no mean to compute.                                                                     [RMS eq 4]"""
-
-    def __init__(self, D, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(D)), eps
-
-    def forward(self, x_BTD):
-        return rmsnorm(x_BTD, self.weight, self.eps)
-
-
 class LayerNorm(nn.LayerNorm):
-    """Centre and scale, with a gain and a shift per channel."""
+    """Centre and scale, with a gain and a shift per channel.                                              [LN eq 3]"""
 
-    def __init__(self, D, eps):
-        super().__init__(D, eps=eps)
+    def __init__(self, D, cfg):
+        super().__init__(D, eps=cfg.norm_eps)
 
     def forward(self, x_BTD):
         return to_autocast(super().forward(x_BTD))
 
 
+class SRMSNorm(nn.Module):
+    """RMSNorm without a gain.                                                                             [TNL]"""
+
+    def __init__(self, D, cfg):
+        super().__init__()
+        self.eps = cfg.norm_eps
+
+    def forward(self, x_BTD):
+        x32_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+        return to_autocast((x32_BTD * torch.rsqrt(x32_BTD.square().mean(-1, keepdim=True) + self.eps)).to(x_BTD.dtype))
+
+
+class PartialRMSNorm(nn.Module):
+    """RMSNorm whose mean is estimated from the first share of the channels.                               [RMS sec 5]"""
+
+    def __init__(self, D, cfg):
+        super().__init__()
+        self.weight, self.eps, self.width = nn.Parameter(torch.ones(D)), cfg.norm_eps, math.ceil(D * cfg.norm_share)
+
+    def forward(self, x_BTD):
+        x32_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+        rstd_BT1 = torch.rsqrt(x32_BTD[..., :self.width].square().mean(-1, keepdim=True) + self.eps)
+        return to_autocast((x32_BTD * rstd_BT1 * self.weight).to(x_BTD.dtype))
+
+
+class GroupNorm(nn.GroupNorm):
+    """LayerNorm inside groups of a token's channels; one group is LayerNorm, one channel a group leaves nothing. [GN eq 7]"""
+
+    def __init__(self, D, cfg):
+        if D % cfg.norm_groups:
+            raise UsageError(f"--norm_groups={cfg.norm_groups} does not divide the width {D}; use one of {[g for g in range(1, 65) if D % g == 0]}")
+        super().__init__(cfg.norm_groups, D, eps=cfg.norm_eps)
+
+    def forward(self, x_BTD):
+        return to_autocast(super().forward(x_BTD.flatten(0, -2)).view_as(x_BTD))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Mean and variance of a channel over all tokens of the batch (training) or over the past (evaluation)."""
+
+    def __init__(self, D, cfg):
+        super().__init__(D, eps=cfg.norm_eps)
+        warnings.warn("--norm=batch: in training a token's norm depends on the whole batch, later tokens and padding too, so the "
+                      "loss leaks the future and micro-batches are not one batch; for comparison only", stacklevel=2)
+
+    def forward(self, x_BTD):
+        return to_autocast(super().forward(x_BTD.flatten(0, -2)).view_as(x_BTD))
+
+
 NORMS = {                          # flag --norm
-    "rms": RMSNorm,
-    "layer": LayerNorm,
+    "rms": lambda D, cfg: RMSNorm(D, cfg.norm_eps, cfg.norm_one_plus),
+    "layer": LayerNorm,            # centre and scale
+    "prms": PartialRMSNorm,        # rms of a part of the channels
+    "srms": SRMSNorm,              # no gain
+    "group": GroupNorm,            # LayerNorm inside groups of channels
+    "batch": BatchNorm,            # over tokens instead of channels; leaks
 }
 
 
 # ---- Activations and MLP (what does a token do alone?) ----
 
+class Swish(nn.Module):
+    """x sigmoid(beta x), beta learned for each channel: 1 is SiLU, a large one nears ReLU.                [Swish sec 4]"""
+
+    def __init__(self, d_ff):
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(d_ff))
+
+    def forward(self, x_BTF):
+        return x_BTF * torch.sigmoid(self.beta.to(x_BTF.dtype) * x_BTF)
+
+
 ACTIVATIONS = {                    # flag --act: name -> (function, gated)
-    "gelu": (F.gelu, False),                                       # x Phi(x)                                [GELU eq 1]
-    "gelu_tanh": (partial(F.gelu, approximate="tanh"), False),     # the approximation GPT-2 was trained with
     "relu": (F.relu, False),
+    "relu2": (lambda x: F.relu(x).square(), False),                # [Primer]
+    "gelu": (F.gelu, False),                                       # x Phi(x)                                [GELU sec 2]
+    "gelu_tanh": (partial(F.gelu, approximate="tanh"), False),     # the approximation GPT-2 was trained with
     "silu": (F.silu, False),
-    "swiglu": (F.silu, True),                                      # [GLU eq 6]
-    "geglu": (F.gelu, True),                                       # [GLU eq 6]
-    "reglu": (F.relu, True),                                       # [GLU eq 6]
+    "swish": (Swish, False),
+    "mish": (F.mish, False),                                       # x tanh(softplus(x))                     [Mish]
+    "tanh": (torch.tanh, False),
+    "sigmoid": (torch.sigmoid, False),
+    "glu": (torch.sigmoid, True),                                  # [GLU eq 6], and the next four
+    "bilinear": (nn.Identity(), True),
+    "reglu": (F.relu, True),
+    "geglu": (F.gelu, True),
+    "geglu_tanh": (partial(F.gelu, approximate="tanh"), True),
+    "swiglu": (F.silu, True),
 }
 
 
@@ -128,10 +279,15 @@ def hidden_width(cfg):
     return -(-8 * cfg.n_embd // 3 // 32) * 32 if ACTIVATIONS[cfg.act][1] else 4 * cfg.n_embd
 
 
+def activation(cfg, width):
+    act = ACTIVATIONS[cfg.act][0]
+    return act(width) if act is Swish else act
+
+
 class MLP(nn.Module):
     def __init__(self, cfg, d_ff):
         super().__init__()
-        self.act, self.gated = ACTIVATIONS[cfg.act]
+        self.act, self.gated = activation(cfg, d_ff), ACTIVATIONS[cfg.act][1]
         if self.gated:
             self.w_gate = nn.Linear(cfg.n_embd, d_ff, bias=cfg.mlp_bias)
         self.w_up = nn.Linear(cfg.n_embd, d_ff, bias=cfg.mlp_bias)
@@ -145,84 +301,288 @@ class MLP(nn.Module):
 
 # ---- Block (read, then think) ----
 
-class Block(nn.Module):
-    def __init__(self, cfg, layer):
+PLACEMENTS = {                     # flag --norm_at: which of the norms (before f, on its output, after the sum) there are
+    "pre": ("pre",),                       # x + f(norm x)                       GPT-2, Llama
+    "branch_post": ("post",),              # x + norm f(x)                       OLMo 2
+    "sandwich": ("pre", "post"),           # x + norm f(norm x)                  Gemma 2, GLM-4
+    "post": ("after",),                    # norm(x + f(x))                      the first Transformer, BERT
+    "deepnorm": ("after",),                # norm(alpha x + f(x))                [DeepNet sec 4.1]
+    "prenorm_residual": ("pre",),          # norm x + f(norm x)                  MiniMax
+}
+
+
+def residual_factors(cfg, role, encoder=False):
+    """(alpha, beta) around a sublayer; role is "", "_linear" or "_mlp"."""
+    alpha = getattr(cfg, f"res_alpha{role}") or cfg.res_alpha
+    beta = getattr(cfg, f"res_beta{role}") or cfg.res_beta
+    return alpha or (deepnorm(cfg, encoder)[0] if cfg.norm_at == "deepnorm" else 1.0), beta or 1.0
+
+
+def deepnorm(cfg, encoder=False):
+    """(alpha, gain of the initial weights) for N encoder and M decoder layers.                       [DeepNet fig 2]"""
+    N, M = cfg.n_enc_layer or cfg.n_layer, cfg.n_layer
+    if cfg.arch != "encdec":
+        return (2 * M) ** 0.25, (8 * M) ** -0.25
+    return (0.81 * (N**4 * M) ** 0.0625, 0.87 * (N**4 * M) ** -0.0625) if encoder else ((3 * M) ** 0.25, (12 * M) ** -0.25)
+
+
+class Residual(nn.Module):
+    """x -> after(alpha x + beta post(f(pre(x)))), with the norms and factors that --norm_at says."""
+
+    def __init__(self, cfg, factors):
         super().__init__()
-        norm, d_ff = NORMS[cfg.norm], hidden_width(cfg)
-        self.norm1, self.norm2 = norm(cfg.n_embd, cfg.norm_eps), norm(cfg.n_embd, cfg.norm_eps)
-        self.attn = ATTENTION[cfg.attn](cfg)
-        self.mlp = MoE(cfg, d_ff) if cfg.moe and layer >= cfg.n_dense_layer else MLP(cfg, d_ff)
+        has = PLACEMENTS[cfg.norm_at]
+        self.pre, self.post, self.after = (NORMS[cfg.norm](cfg.n_embd, cfg) if place in has else nn.Identity()
+                                           for place in ("pre", "post", "after"))
+        self.base = 1 if cfg.norm_at == "prenorm_residual" else 0          # what is added to: x itself or pre(x)
+        alpha, beta = factors
+        self.sum = torch.add if factors == (1, 1) else lambda x_BTD, y_BTD: alpha * x_BTD + beta * y_BTD
         self.dropout = nn.Dropout(cfg.resid_dropout)
 
-    def forward(self, x_BTD, rope, mask, cache=None):
-        x_BTD = x_BTD + self.dropout(self.attn(self.norm1(x_BTD), rope, mask, cache))
-        return x_BTD + self.dropout(self.mlp(self.norm2(x_BTD)))
+    def forward(self, x_BTD, f, *args):
+        h_BTD = self.pre(x_BTD)
+        y_BTD = self.dropout(self.post(f(h_BTD, *args)))
+        return self.after(self.sum((x_BTD, h_BTD)[self.base], y_BTD))
 
 
-# ---- Model (the decoder) ----
+class Block(nn.Module):
+    def __init__(self, cfg, layer, encoder=False):
+        super().__init__()
+        factors = partial(residual_factors, cfg, encoder=encoder)
+        self.attn = ATTENTION[layer.attn](cfg, layer)
+        self.res1 = Residual(cfg, factors("_linear" if self.attn.recurrent else ""))
+        self.cross = self.res_cross = None
+        if cfg.arch == "encdec" and not encoder:
+            self.cross, self.res_cross = Cross(replace(cfg, pos="none"), replace(layer, window=0)), Residual(cfg, factors(""))
+        self.mlp = (MoE if layer.moe else MLP)(cfg, hidden_width(cfg))
+        self.res2 = Residual(cfg, factors("_mlp"))
+
+    def forward(self, x_BTD, at, cache=None, memory_BSD=None, at_memory=None, cross_cache=None):
+        x_BTD = self.res1(x_BTD, self.attn, at, cache)
+        if self.cross is not None:
+            x_BTD = self.res_cross(x_BTD, self.cross, memory_BSD, at_memory, cross_cache)
+        return self.res2(x_BTD, self.mlp)
+
+
+# ---- Model (decoder, encoder, or both) ----
 
 class Model(nn.Module):
-    """m(tokens [B, T]) -> logits [B, T, V]; m.loss(batch) -> (loss_sum, weight_sum, metrics); m.generate(tokens)."""
+    """m(tokens [B, T]) -> logits [B, T, V]; an encoder-decoder: m(source [B, S], decoder tokens [B, T]) -> [B, T, V];
+    m.loss(batch) -> (loss_sum, weight_sum, metrics); m.generate(tokens, n)."""
 
     def __init__(self, cfg):
         super().__init__()
         validate(cfg)
-        self.cfg = cfg
+        self.cfg, self.plan = cfg, layer_plan(cfg)
+        both, D = cfg.arch == "encdec", cfg.n_embd
+        ends_in_norm = "after" not in PLACEMENTS[cfg.norm_at]
+        norm = lambda wanted=True: NORMS[cfg.norm](D, cfg) if wanted else nn.Identity()
         with undrawn():
-            self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-            if cfg.pos == "learned":
-                self.pos_embed = nn.Embedding(cfg.seq_len, cfg.n_embd)
-            self.dropout = nn.Dropout(cfg.embed_dropout)
-            self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
-            self.norm = NORMS[cfg.norm](cfg.n_embd, cfg.norm_eps)
-            self.head = self.embed if cfg.tie_embeddings else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        self.rope_dim = self.blocks[0].attn.rope_dim if cfg.pos == "rope" else 0
+            self.embed = nn.Embedding(cfg.vocab_size, D)
+            self.pos_embed = nn.Embedding(cfg.seq_len, D) if cfg.pos == "learned" else None
+            self.type_embed = nn.Embedding(cfg.n_token_type, D) if cfg.n_token_type else None
+            self.embed_norm, self.dropout = norm(cfg.embed_norm), nn.Dropout(cfg.embed_dropout)
+            self.enc_plan = layer_plan(replace(cfg, moe=False), cfg.n_enc_layer) if both else []
+            self.enc_rel_bias = nn.Embedding(cfg.t5_buckets, cfg.n_head) if both and cfg.pos == "t5" else None
+            self.enc_blocks = nn.ModuleList(Block(cfg, layer, encoder=True) for layer in self.enc_plan)
+            self.enc_norm = norm(both and ends_in_norm)
+            self.rel_bias = nn.Embedding(cfg.t5_buckets, cfg.n_head) if cfg.pos == "t5" else None
+            self.blocks = nn.ModuleList(Block(cfg, layer) for layer in self.plan)
+            self.norm = norm(ends_in_norm)
+            self.mlm_dense, self.mlm_act, self.mlm_norm = (nn.Linear(D, D), activation(cfg, D), norm()) if cfg.mlm_head else [None] * 3
+            self.pooler = nn.Linear(D, D) if cfg.pooler else None
+            self.head = None if cfg.headless else self.embed if cfg.tie_embeddings else nn.Linear(D, cfg.vocab_size, bias=False)
+            self.head_bias = nn.Parameter(torch.zeros(cfg.vocab_size)) if cfg.head_bias else None
         init_parameters(self, cfg)
 
-    def hidden(self, tokens_BT, positions_BT=None, doc_ids_BT=None, caches=None):
-        """The normalised residual stream [B, T, D] that the head reads."""
-        past, T = caches[0].length if caches else 0, tokens_BT.shape[1]
+    def embedded(self, tokens_BT, positions, types=None, embeds=None, image=None):
+        """The stream before the first block. embeds [B, T, D] stand in for the embedding where image [B, T] is above 0."""
+        cfg = self.cfg
+        x_BTD = self.embed(tokens_BT)
+        if cfg.embed_grad_shrink != 1:                           # the same value, a smaller gradient       [GLM130B sec 3]
+            x_BTD = cfg.embed_grad_shrink * x_BTD + (1 - cfg.embed_grad_shrink) * x_BTD.detach()
+        if cfg.embed_scale:
+            x_BTD = x_BTD * torch.tensor(cfg.n_embd**0.5, dtype=x_BTD.dtype, device=x_BTD.device)
+        if embeds is not None:
+            x_BTD = torch.where((image > 0)[..., None], embeds.to(x_BTD.dtype), x_BTD)
+        if cfg.pos == "learned":
+            x_BTD = x_BTD + self.pos_embed(positions)
+        elif cfg.pos == "sinusoidal":
+            x_BTD = x_BTD + sinusoid(positions, cfg.n_embd).to(x_BTD.dtype)
+        if self.type_embed is not None:
+            x_BTD = x_BTD + (self.type_embed.weight[0] if types is None else self.type_embed(types))
+        return self.dropout(self.embed_norm(x_BTD))
+
+    def locate(self, tokens_BT, positions, doc_ids, cache, prefix_len, image):
+        """The Pass of these tokens, after those in the cache, which is told of them."""
+        past, (B, T), device = cache.length if cache else 0, tokens_BT.shape, tokens_BT.device
         if self.cfg.pos == "learned" and past + T > self.cfg.seq_len:
             raise UsageError(f"{past + T} tokens, but learned positions end at --seq_len={self.cfg.seq_len}; give fewer tokens")
-        if positions_BT is None:
-            positions_BT = torch.arange(past, past + T, device=tokens_BT.device).expand(tokens_BT.shape)
-        x_BTD = self.embed(tokens_BT)
-        if self.cfg.pos == "learned":
-            x_BTD = x_BTD + self.pos_embed(positions_BT)
-        x_BTD = self.dropout(x_BTD)
-        rope = Rope(positions_BT, self.rope_dim, self.cfg.rope_theta) if self.rope_dim else unturned
-        mask = Mask() if doc_ids_BT is None else document_mask(doc_ids_BT)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x_BTD = block(x_BTD, rope, mask, cache)
+        if prefix_len is not None and (self.cfg.arch != "prefix" or past):
+            raise UsageError("prefix_len needs a model with --arch=prefix, and the whole prefix in the first call")
+        if cache:
+            doc_ids, image = cache.rows(B, T, doc_ids, image)
+            cache.length = past + T
+        if positions is None:                                    # they begin anew with every document
+            positions = places_in_documents(doc_ids, past + T, device)[:, past:]
+        return Pass(positions, past, doc_ids, self.cfg.arch != "encoder", prefix_len, image, self.rel_bias, self.compute_dtype)
+
+    @property
+    def compute_dtype(self):
+        """Of queries and keys: autocast's, else the weights'."""
+        weight = self.embed.weight
+        on = torch.is_autocast_enabled(weight.device.type)
+        return torch.get_autocast_dtype(weight.device.type) if on else weight.dtype
+
+    def encode(self, source_BS, doc_ids=None):
+        """The encoder's output [B, S, D]."""
+        positions = places_in_documents(doc_ids, source_BS.shape[1], source_BS.device)
+        this = Pass(positions, doc_BS=doc_ids, causal=False, rel_bias=self.enc_rel_bias, dtype=self.compute_dtype)
+        x_BSD = self.embedded(source_BS, positions)
+        places = {layer.kind: Places(self.cfg, layer, this) for layer in self.enc_plan}
+        for block, layer in zip(self.enc_blocks, self.enc_plan):
+            x_BSD = block(x_BSD, places[layer.kind])
+        return self.dropout(self.enc_norm(x_BSD))
+
+    def hidden(self, tokens, dec=None, *, positions=None, doc_ids=None, cache=None, prefix_len=None, enc_doc_ids=None, types=None,
+               embeds=None, image=None):
+        """The normalised residual stream [B, T, D] that the head reads. tokens [B, T]; of an encoder-decoder the source [B, S],
+        and dec [B, T]. By keyword, where there is more to say:
+            doc_ids [B, T]      each token's document: documents of a row do not see each other, -1 is padding; enc_doc_ids of a source
+            positions [B, T]    where they are not those in the document
+            cache               new_cache(): it holds the tokens before these, and is extended by them
+            prefix_len [B]      --arch=prefix: so many tokens see each other both ways
+            types [B, T]        BERT's segments
+            image, embeds       [B, T], [B, T, D]: tokens with the same number above 0 are an image; they see each other both ways,
+                                and embeds stand in for their embeddings                                     (Gemma 3)"""
+        memory = at_memory = None
+        if (self.cfg.arch == "encdec") != (dec is not None):
+            raise UsageError(f"--arch={self.cfg.arch} reads " + ("two texts: m(source, decoder_tokens)" if dec is None else
+                                                                  "one text: m(tokens), all else by keyword"))
+        if dec is not None:
+            memory = cache.memory if cache and cache.memory is not None else self.encode(tokens, enc_doc_ids)
+            tokens = dec
+        this = self.locate(tokens, positions, doc_ids, cache, prefix_len, image)
+        if dec is not None:
+            at_memory = Places.of_memory(this, enc_doc_ids)
+        if cache:
+            cache.memory = memory
+        x_BTD = self.embedded(tokens, this.positions_BT, types, embeds, image)
+        places = {layer.kind: Places(self.cfg, layer, this) for layer in self.plan}
+        for i, (block, layer) in enumerate(zip(self.blocks, self.plan)):
+            own, cross = (cache.layers[i], cache.cross[i]) if cache else (None, None)
+            x_BTD = block(x_BTD, places[layer.kind], own, memory, at_memory, cross)
         return self.norm(x_BTD)
 
-    def forward(self, tokens_BT, positions_BT=None, doc_ids_BT=None, cache=None):
-        """Logits [B, T, V]. `cache` (new_cache()) holds the tokens before these and is extended by them."""
-        return F.linear(self.hidden(tokens_BT, positions_BT, doc_ids_BT, cache), self.head.weight)
+    def before_head(self, x_BTD):
+        """What the head multiplies: MLM's own layer, T5's scale."""
+        if self.mlm_dense is not None:
+            x_BTD = self.mlm_norm(self.mlm_act(self.mlm_dense(x_BTD)))
+        return x_BTD if self.cfg.logit_scale == 1 else x_BTD * self.cfg.logit_scale
+
+    def logits(self, x_BTD):
+        logits_BTV = F.linear(self.before_head(x_BTD), self.head.weight, self.head_bias)
+        cap = self.cfg.logit_softcap
+        return cap * torch.tanh(logits_BTV / cap) if cap else logits_BTV
+
+    def forward(self, tokens, dec=None, **where):
+        """Logits [B, T, V] (of a headless model hidden states [B, T, D]); arguments as in hidden."""
+        x_BTD = self.hidden(tokens, dec, **where)
+        return x_BTD if self.head is None else self.logits(x_BTD)
+
+    def pooled(self, x_BTD):
+        """BERT's summary [B, D] of hidden states, from the first token."""
+        return torch.tanh(self.pooler(x_BTD[:, 0]))
 
     def loss(self, batch):
         """(sum of weights * nll, sum of weights, metrics): sums, so that micro-batches and ranks add up to one batch."""
-        x_BTD = self.hidden(batch["tokens"], batch.get("positions"), batch.get("doc_ids"))
-        loss_sum = linear_cross_entropy(x_BTD.flatten(0, 1), self.head.weight, batch["targets"].flatten(),
-                                        batch["weights"].flatten())
+        texts = [batch[key] for key in (("enc_tokens", "tokens") if self.cfg.arch == "encdec" else ("tokens",))]
+        where = {key: batch[key] for key in ("positions", "doc_ids", "prefix_len", "enc_doc_ids", "types") if key in batch}
+        x_BTD = self.hidden(*texts, **where)
+        targets_M, weights_M = batch["targets"].flatten(), batch["weights"].flatten()
+        if self.head_bias is None and not self.cfg.logit_softcap:
+            loss_sum = linear_cross_entropy(self.before_head(x_BTD).flatten(0, 1), self.head.weight, targets_M, weights_M)
+        else:                                                    # a bias or a cap: the logits are stored
+            logits_MV = self.logits(x_BTD).flatten(0, 1)
+            logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+            loss_sum = (F.cross_entropy(logits_MV, targets_M, reduction="none") * weights_M).sum()
         return loss_sum, batch["weights"].sum(), {}
 
     def new_cache(self):
-        return [Cache() for _ in self.blocks]
+        return Cache(self.plan)
 
     @torch.no_grad()
-    def generate(self, tokens_BT, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-        """Continue tokens [B, T] by max_new_tokens ids -> [B, T + max_new_tokens]. Temperature 0 takes the likeliest id;
-        top_k keeps the k likeliest (0: all), top_p the fewest that together reach that probability."""
-        was_training = self.training
+    def stream(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, generator=None, repetition_penalty=1.0, stop=()):
+        """Yield the next ids [B] of each row, one call of the model a step, until there are max_new_tokens of them or every
+        row has met an id of `stop` (a row that has goes on repeating it). Arguments as in generate."""
+        if self.cfg.arch == "encoder" or self.head is None:
+            raise UsageError("an encoder or a model without a head does not generate; use --arch=decoder, prefix or encdec")
+        device = self.embed.weight.device
+        tokens_BT, real_BT = left_padded(prompts, device)
+        new, source, where, B = tokens_BT, (), {}, len(tokens_BT)
+        seen_BV = torch.zeros(B, self.cfg.vocab_size, dtype=torch.bool, device=device)
+        if not real_BT.all():                                    # padding is a document of its own, which nobody reads
+            where["doc_ids"] = real_BT.long() - 1
+        if self.cfg.arch == "encdec":
+            source, where = (tokens_BT,), {"enc_doc_ids": ids for ids in where.values()}
+            new = tokens_BT.new_full((B, 1), self.cfg.start_token)
+        else:
+            seen_BV.scatter_(1, tokens_BT.where(real_BT, tokens_BT[:, -1:]), True)
+        if self.cfg.arch == "prefix":
+            where["prefix_len"] = tokens_BT.new_full((B,), tokens_BT.shape[1])
+        stop_ids, done_B = torch.tensor([*stop], dtype=torch.long, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+        cache, was_training = self.new_cache(), self.training
         self.eval()
-        cache, new_BT = self.new_cache(), tokens_BT
-        for _ in range(max_new_tokens):
-            logits_BV = self(new_BT, cache=cache)[:, -1].float()
-            new_BT = pick(logits_BV, temperature, top_k, top_p, generator)[:, None]
-            tokens_BT = torch.cat([tokens_BT, new_BT], 1)
-        self.train(was_training)
-        return tokens_BT
+        try:
+            for _ in range(max_new_tokens):
+                logits_BV = self(*source, new, cache=cache, **where)[:, -1].float()
+                seen_BV.scatter_(1, new[:, -1:], True)
+                if repetition_penalty != 1:
+                    logits_BV = logits_BV.where(~seen_BV, penalised(logits_BV, repetition_penalty))
+                new_B = pick(logits_BV, temperature, top_k, top_p, generator).where(~done_B, new[:, -1])
+                done_B = done_B | torch.isin(new_B, stop_ids)
+                yield new_B
+                if len(stop_ids) and done_B.all():
+                    return
+                new, where = new_B[:, None], {key: value for key, value in where.items() if key == "enc_doc_ids"}
+        finally:
+            self.train(was_training)
+
+    def generate(self, tokens, max_new_tokens, **how):
+        """Continue tokens [B, T] -> [B, T + n], where n is max_new_tokens, or fewer if every row meets a `stop` id before. A list
+        of unequal prompts -> a list of rows, each up to its stop id. An encoder-decoder reads `tokens` and returns [B, 1 + n],
+        its start token first. temperature 0 takes the likeliest id; top_k keeps the k likeliest (0: all), top_p the fewest
+        that together reach that probability; repetition_penalty above 1 makes ids that stand in the row already less likely."""
+        new = [new_B[:, None] for new_B in self.stream(tokens, max_new_tokens, **how)]
+        begin = tokens if isinstance(tokens, torch.Tensor) else [torch.as_tensor(row) for row in tokens]
+        if self.cfg.arch == "encdec":
+            start_B1 = torch.full((len(tokens), 1), self.cfg.start_token, device=self.embed.weight.device)
+            begin = start_B1 if isinstance(tokens, torch.Tensor) else list(start_B1)
+        if isinstance(begin, torch.Tensor):
+            return torch.cat([begin.to(self.embed.weight.device), *new], 1)
+        rows, stop = [], set(how.get("stop", ()))
+        for row, ids in zip(begin, torch.cat(new, 1).tolist() if new else [[]] * len(begin)):
+            end = next((i + 1 for i, token in enumerate(ids) if token in stop), len(ids))
+            rows.append(torch.cat([row, row.new_tensor(ids[:end])]))
+        return rows
+
+
+def left_padded(prompts, device):
+    """(tokens [B, T], which of them are real) of a tensor, or of a list of unequal rows."""
+    if isinstance(prompts, torch.Tensor):
+        return prompts.to(device), torch.ones_like(prompts, dtype=torch.bool, device=device)
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in prompts]
+    if not rows or min(len(row) for row in rows) == 0:
+        raise UsageError("a prompt is empty; begin it with at least one id, such as the end-of-text id")
+    T = max(len(row) for row in rows)
+    tokens_BT = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])
+    real_BT = torch.stack([F.pad(torch.ones_like(row), (T - len(row), 0)) for row in rows]).bool()
+    return tokens_BT.to(device), real_BT.to(device)
+
+
+def penalised(logits_BV, penalty):
+    """Less likely by `penalty`, whatever the logit's sign ([CTRL sec 4.1] divides; negative ones are multiplied by now)."""
+    return torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
 
 
 def pick(logits_BV, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -240,6 +600,8 @@ def pick(logits_BV, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     return torch.multinomial(prob_BV, 1, generator=generator).squeeze(1)
 
 
+# ---- Initial weights (a function of seed and name) ----
+
 @contextlib.contextmanager
 def undrawn():
     """Layers made in here get no weights of torch's drawing: init_parameters draws them all."""
@@ -255,16 +617,20 @@ def undrawn():
 
 @torch.no_grad()
 def init_parameters(model, cfg):
-    """Normal weights, smaller where a block writes to the stream (2L such writes add up), gains one, biases zero. Each
-    tensor is drawn from (seed, its name), so it does not depend on what else is in the model or where it lives."""
+    """Normal weights, smaller where a block writes to the stream (2L such writes add up), gains one, biases zero, what is given
+    as it is. Each tensor is drawn from (seed, its name), so it does not depend on what else is in the model
+    or where it lives. With --norm_at=deepnorm Xavier's spread, times a gain where values pass.          [DeepNet fig 2]"""
     for name, p in model.named_parameters():
-        if p.is_meta:
+        if p.is_meta or getattr(p, "given", False):
             continue
         elif p.ndim == 1:
             p.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             writes = "w_o." in name or "w_down" in name
             std = cfg.init_std / (2 * cfg.n_layer) ** 0.5 if writes else cfg.init_std                  # [GPT2 sec 2.3]
+            if cfg.norm_at == "deepnorm" and "blocks" in name:
+                gain = deepnorm(cfg, encoder=name.startswith("enc_"))[1] if writes or "w_v." in name or ".mlp." in name else 1.0
+                std = gain * (2 / sum(p.shape[-2:])) ** 0.5
             number = int.from_bytes(hashlib.sha256(f"{cfg.seed}/{name}".encode()).digest()[:8], "little") >> 1
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(number)) * std)
 
@@ -277,179 +643,959 @@ def meta_model(cfg):
         return Model(cfg)
 
 
-def parameter_table(model):
-    """{component: parameters}; a tied head counts once, under embedding."""
-    kinds = {"embed": "embedding", "norm": "norms", ".attn.": "attention", "experts": "experts", ".mlp.": "mlp", "head": "head"}
-    table = dict.fromkeys(("embedding", "attention", "mlp", "experts", "norms", "head"), 0)
+PART_OF = {                        # the first of these in a parameter's name says which component it belongs to
+    "norm": "norms", ".res": "norms", "_gain": "norms", "rel_bias": "attention", "embed": "embedding",
+    ".cross.": "cross-attention", ".attn.": "attention", "router": "experts", "experts": "experts", "shared": "experts",
+    ".mlp.": "mlp",
+}
+
+
+def component(name):
+    return next((part for piece, part in PART_OF.items() if piece in name), "head")
+
+
+def parameter_table(model, active=False):
+    """{component: parameters}, or of them those that one token meets; a tied head counts once, under embedding."""
+    cfg = model.cfg
+    table = dict.fromkeys(("embedding", "attention", "cross-attention", "mlp", "experts", "norms", "head"), 0)
     for name, p in model.named_parameters():
-        table[next(kind for part, kind in kinds.items() if part in name)] += p.numel()
-    return {kind: count for kind, count in table.items() if count}
+        table[component(name)] += p.numel() * cfg.n_active // cfg.n_expert if active and ".experts." in name else p.numel()
+    return {part: count for part, count in table.items() if count}
 
 
 def active_parameters(model):
     """Parameters that one token meets: all, less the experts it does not visit."""
-    idle = sum(sum(p.numel() for p in m.experts.parameters()) * (1 - m.n_active / len(m.bias_E))
-               for m in model.modules() if isinstance(m, MoE))
-    return int(sum(p.numel() for p in model.parameters()) - idle)
+    return sum(parameter_table(model, active=True).values())
+
+
+def mixers(block):
+    return [mixer for mixer in (block.attn, block.cross) if mixer is not None]
+
+
+def block_macs(block, cfg, T):
+    """Multiply-adds of a token in a block that reads T at once: one for each weight of a matrix it meets, and the mixers'."""
+    weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+    experts = sum(p.numel() * (cfg.n_active if ".experts." in name else cfg.n_expert) // cfg.n_expert
+                  for name, p in block.named_parameters() if p.ndim == 3)
+    return weights + experts + sum(mixer.macs(T) for mixer in mixers(block))
 
 
 def flops_per_token(model, seq_len):
-    """Training FLOPs of a token, forward and backward: 6 per matmul parameter (head included, lookups not) and, for each
-    layer, 6 per multiply-add of a query with all seq_len keys.                                       [PaLM app B]"""
-    cfg = model.cfg
-    looked_up = {"pos_embed.weight"} if cfg.tie_embeddings else {"pos_embed.weight", "embed.weight"}
-    matmul = active_parameters(model) - sum(p.numel() for n, p in model.named_parameters() if p.ndim == 1 or n in looked_up)
-    return 6 * matmul + 6 * seq_len * sum(block.attn.flops_per_pair() for block in model.blocks)
+    """Training FLOPs of a token: 2 for a multiply-add, as much again for each of the two gradients; the head counts, lookups
+    do not. Of an encoder-decoder: a token of the source and one of the target together.                 [PaLM app B]"""
+    blocks = sum(block_macs(block, model.cfg, seq_len) for block in [*model.enc_blocks, *model.blocks])
+    return 6 * (blocks + sum(m.weight.numel() for m in (model.mlm_dense, model.head) if m is not None))
 
 
-# ---- Hugging Face folders (GPT-2 and Llama, in and out) ----
-
-def _gpt2_config(hf):
-    for key, expected in (("activation_function", "gelu_new"), ("scale_attn_weights", True),
-                          ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)):
-        _refuse_other(hf, key, expected)
-    return dict(n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"], d_ff=hf.get("n_inner") or 0,
-                vocab_size=hf["vocab_size"], seq_len=hf["n_positions"], norm="layer",
-                norm_eps=hf.get("layer_norm_epsilon", 1e-5), act="gelu_tanh", pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True,
-                tie_embeddings=hf.get("tie_word_embeddings", True))
+def cache_bytes(model, T, size=2):
+    """Bytes kept of T tokens (encoder-decoder: of as many on each side), `size` a number; recurrent states are float32."""
+    each = [mixer.kept(T) * (4 if mixer.recurrent else size) for block in model.blocks for mixer in mixers(block)]
+    return 0 if model.cfg.arch == "encoder" else sum(each)
 
 
-def _llama_config(hf):
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}            # written by transformers 5, by older ones
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UsageError(f"config.json asks for RoPE scaling {kind!r}, which is not implemented; only unscaled RoPE is")
-    _refuse_other(hf, "hidden_act", "silu")
-    return dict(n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"], n_embd=hf["hidden_size"], attn="gqa",
-                n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"], head_dim=hf.get("head_dim") or 0,
-                d_ff=hf["intermediate_size"], vocab_size=hf["vocab_size"], seq_len=hf["max_position_embeddings"],
-                norm="rms", norm_eps=hf["rms_norm_eps"], act="swiglu", pos="rope",
-                rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-                qkv_bias=hf.get("attention_bias", False), out_bias=hf.get("attention_bias", False),
-                mlp_bias=hf.get("mlp_bias", False), tie_embeddings=hf.get("tie_word_embeddings", False))
+def human(n, unit=""):
+    """1234567 -> 1.23M, with a unit 1.23 MB: three digits."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G" if unit else "B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= 0.9995 * size:
+            return f"{n / size:#.3g}".rstrip(".") + f" {prefix}{unit}" if unit else f"{n / size:#.3g}".rstrip(".") + prefix
+    return f"{n:.0f} {unit}".strip()
 
 
-def _refuse_other(hf, key, expected):
-    if hf.get(key, expected) != expected:
-        raise UsageError(f"config.json has {key}={hf[key]!r}, which changes the maths and is not implemented; "
-                         f"only {expected!r} is")
+def kinds_of(blocks, plan):
+    """[(Layer, block, indices)] of the blocks that differ in mixer, window or a shape, in order of appearance."""
+    kinds = {}
+    for block, layer in zip(blocks, plan):
+        key = layer.attn, layer.window, tuple((name, p.shape) for name, p in block.named_parameters())
+        kinds.setdefault(key, (layer, block, []))[2].append(layer.index)
+    return list(kinds.values())
 
 
-def _linear(ours, theirs):
-    return [(f"{ours}.weight", f"{theirs}.weight"), (f"{ours}.bias", f"{theirs}.bias")]
+def ranges(numbers):
+    """[0, 1, 2, 5] -> 0-2, 5"""
+    ends = zip([n for n in numbers if n - 1 not in numbers], [n for n in numbers if n + 1 not in numbers])
+    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in ends)
 
 
-GPT2_NAMES = [("embed.weight", "transformer.wte.weight"), ("pos_embed.weight", "transformer.wpe.weight"),
-              *_linear("norm", "transformer.ln_f"), ("head.weight", "lm_head.weight")]
-GPT2_BLOCK = [*_linear("norm1", "ln_1"), *_linear("norm2", "ln_2"), *_linear("attn.w_o", "attn.c_proj"),
-              *_linear("mlp.w_up", "mlp.c_fc"), *_linear("mlp.w_down", "mlp.c_proj")]
-LLAMA_NAMES = [("embed.weight", "model.embed_tokens.weight"), ("norm.weight", "model.norm.weight"),
-               ("head.weight", "lm_head.weight")]
-LLAMA_BLOCK = [("norm1.weight", "input_layernorm.weight"), ("norm2.weight", "post_attention_layernorm.weight"),
-               *(pair for p in "qkvo" for pair in _linear(f"attn.w_{p}", f"self_attn.{p}_proj")),
-               *(pair for p in ("gate", "up", "down") for pair in _linear(f"mlp.w_{p}", f"mlp.{p}_proj"))]
+def describe(model, seq_len=0):
+    """What the model costs, 100 columns wide: parameters, compute, memory, its kinds of blocks, the wavelengths of RoPE."""
+    cfg, T = model.cfg, seq_len or model.cfg.seq_len
+    table, used = parameter_table(model), parameter_table(model, active=True)
+    total, active, flops = sum(table.values()), sum(used.values()), flops_per_token(model, T)
+    blocks, plan = [*model.enc_blocks, *model.blocks], [*model.enc_plan, *model.plan]
+    between = 6 * sum(mixer.macs(T) for block in blocks for mixer in mixers(block))
+    depth = f"{len(model.enc_blocks)} + " * bool(model.enc_plan) + f"{cfg.n_layer}"
+    out = [f"{cfg.arch} of {depth} blocks, {cfg.n_embd:,} wide, {cfg.n_head} heads, vocabulary {cfg.vocab_size:,}, {T:,} tokens"]
+
+    out += ["", f"{'parameters':38s}{'share':>8s}{'active a token':>24s}{'share':>8s}"]
+    for part, n, a in [*((part, n, used[part]) for part, n in table.items()), ("all", total, active)]:
+        out.append(f"  {part:16s}{n:20,}{n / total:8.1%}{a:24,}{a / active:8.1%}")
+    out += ["", f"{'compute a token':18s}{human(flops, 'FLOP'):>20s} to train on, {human(flops / 3, 'FLOP')} to read; "
+            f"{between / flops:.1%} of it between tokens" + " (one of the source, one of the target)" * bool(model.enc_plan)]
+
+    sizes = dict(float32=4, bfloat16=2, int8=1, int4=0.5)
+    costs = {"weights": lambda size: total * size}
+    for length in sorted({T, 32768}) if cfg.arch != "encoder" else ():
+        costs[f"cache, {length:,} tokens"] = partial(cache_bytes, model, length)
+    out += ["", f"{'memory':26s}" + "".join(f"{name:>15s}" for name in sizes)]
+    for name, cost in costs.items():
+        out.append(f"  {name:24s}" + "".join(f"{human(cost(size), 'B'):>15s}" for size in sizes.values()))
+    out += [f"  {'training with AdamW':24s}{human(16 * total, 'B'):>15s}   weights, gradients, two moments; activations on top"]
+
+    out += ["", f"{'blocks':27s}{'mixer':12s}{'window':>8s}  {'then':8s}{'parameters':>11s}{'FLOP a token':>14s}"
+            f"{'kept a token':>16s}"]
+    for side, *stack in (("encoder ", model.enc_blocks, model.enc_plan), ("", model.blocks, model.plan)):
+        for layer, block, at in kinds_of(*stack):
+            where = textwrap.shorten(side + ranges(at), 18, placeholder=" ..")
+            grows = 0 if side or cfg.arch == "encoder" else sum(mixer.kept(2) - mixer.kept(1) for mixer in mixers(block))
+            once = sum(mixer.kept(1) for mixer in mixers(block) if mixer.recurrent)
+            kept = f"{human(4 * once, 'B')} once" if once else f"{2 * grows:,} B" if grows else "nothing"
+            weights, cost = sum(p.numel() for p in block.parameters()), 6 * block_macs(block, cfg, T)
+            out.append(f"  {where:18s}{f'x {len(at)}':>5s}  {layer.attn:12s}{layer.window or 'all':>8}  "
+                       f"{('mlp', 'experts')[layer.moe]:8s}{human(weights):>11s}{human(cost, 'FLOP'):>14s}{kept:>16s}")
+    return "\n".join(out + rope_lines(cfg, plan, T))
 
 
-def _names(model, outer, inner, prefix):
-    """{our name: their name} for the parameters this model has."""
-    own = {name for name, _ in model.named_parameters()}
-    pairs = outer + [(f"blocks.{i}.{a}", f"{prefix}.{i}.{b}") for i in range(model.cfg.n_layer) for a, b in inner]
-    return {ours: theirs for ours, theirs in pairs if ours in own}
+def rope_lines(cfg, plan, T):
+    """How many tokens a whole turn of the pairs takes, before and after scaling."""
+    tables, out = {}, []
+    for layer in plan if cfg.pos == "rope" else ():              # as in attention.rope_of
+        local = layer.attn == "swa" and cfg.rope_local_theta
+        base = (cfg.rope_local_theta, "none") if local else (cfg.rope_theta, cfg.rope_scaling)
+        tables.setdefault((ATTENTION[layer.attn].rotary(cfg), *base), set()).add(layer.attn)
+    for (dim, theta, scaling), names in tables.items():
+        for how in dict.fromkeys(("none", scaling) if dim else ()):
+            wave_J = 2 * math.pi / inverse_frequencies(dim, theta, how, cfg, T)[0]
+            name = ", ".join(sorted(names)) if how == "none" else f"  {how} x {cfg.rope_factor:g}"
+            out.append(f"  {name:22s}{dim // 2:6d}{theta:14,.0f}{wave_J.min():12,.1f}{wave_J.median():14,.1f}"
+                       f"{wave_J.max():16,.0f}{int((wave_J > T).sum()):14d}")
+    return ["", f"{'RoPE, tokens a turn':24s}{'pairs':>6s}{'base':>14s}{'shortest':>12s}{'median':>14s}{'longest':>16s}"
+            f"{'never in T':>14s}", *out] if out else []
 
 
-def _gpt2_read(model, hf):
-    """Their tensors under our names: GPT-2 stores weights as [in, out] and q, k, v side by side."""
-    hf = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t for name, t in hf.items()
-          if not name.endswith((".attn.bias", ".attn.masked_bias"))}             # causal masks, stored by old versions
-    out = {}
-    for i in range(model.cfg.n_layer):
-        for kind in ("weight", "bias"):
-            fused = hf.pop(f"transformer.h.{i}.attn.c_attn.{kind}", None)
-            if fused is not None:
-                parts = (fused.T if kind == "weight" else fused).chunk(3, 0)
-                out |= {f"blocks.{i}.attn.w_{p}.{kind}": part for p, part in zip("qkv", parts)}
-    names = {theirs: ours for ours, theirs in _names(model, GPT2_NAMES, GPT2_BLOCK, "transformer.h").items()}
-    for theirs, tensor in hf.items():
-        turned = theirs.endswith("weight") and any(part in theirs for part in ("c_proj", "c_fc"))
-        out[names.get(theirs, theirs)] = tensor.T if turned else tensor
+# ---- Drawing (what does it look like?) ----
+
+COLOURS = {      # on a light page, on a dark one
+    "page": ("#fdfcfa", "#14161a"), "ink": ("#23262b", "#e7e5df"), "soft": ("#6d737c", "#9aa1ab"), "line": ("#8a9099", "#757c87"),
+    "band": ("#e9e5dc", "#2a2d33"), "card": ("#f5f2ec", "#1b1e23"), "embedding": ("#b9770e", "#e8b45a"),
+    "attention": ("#2f6fc1", "#6aa5ee"), "cross-attention": ("#11857e", "#4cc7bf"), "mlp": ("#cf5a3c", "#f08a6c"),
+    "experts": ("#8350b8", "#b48ae6"), "norms": ("#4d8b3d", "#86c574"), "head": ("#b8437f", "#ec86b8"),
+}
+STYLE = """*{fill:currentColor} text{font-family:ui-sans-serif,system-ui,'Segoe UI',Helvetica,Arial,'DejaVu Sans',sans-serif}
+.mono{font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace} .bold{font-weight:600} .card,.op{stroke:#8a909966}
+.matrix{fill-opacity:.26;stroke:currentColor;stroke-width:.8} .tied{fill:none;stroke:currentColor;stroke-dasharray:4 3}
+.flow,.heads,.cut{fill:none;stroke:currentColor;stroke-width:1.3} .heads{stroke-width:.5} .cut{stroke-width:5}
+.tint{fill-opacity:.34} .cell{shape-rendering:crispEdges}"""
+STAGES = {       # tensors of a branch from left to right: | is an arrow, * what is not named here, work has no weights
+    "attn": "w_dq w_dkv | q_gain kv_gain | w_q w_k w_v * w_ukv w_gate | q_norm k_norm lrpe shaw_k shaw_v sinks rel_bias | work | "
+            "norm | w_o",
+    "mlp": "router | w_gate w_up * | act.beta | work | w_down",
+}
+LETTERS = string.ascii_uppercase * 9
+THIN, BREAK, TALL, WIDE = 1.5, 300, 130, 1000      # pixels: least side of a tensor, longest vocabulary, widest stream, page
+
+
+def dims(shape):
+    return "×".join(map(str, shape)) or "1"
+
+
+def text_width(said, size, css=""):
+    return (0.68 if "bold" in css else 0.61) * size * len(said)              # of a wide font
+
+
+class Sheet:
+    """Shapes and the box they fill [left, top, right, bottom]; sheets are pasted into larger ones, as letters into lines and
+    lines into pages. ends: where arrows may touch it, at y = 0. points: places that will be joined to others."""
+
+    def __init__(self):
+        self.svg, self.box, self.ends, self.points, self.low = [], [0, 0, 0, 0], None, {}, False
+
+    def put(self, x, y, w, h, svg=""):
+        l, t, r, b = self.box
+        self.box = [min(l, x), min(t, y), max(r, x + w), max(b, y + h)]
+        self.svg.append(svg)
+
+    def rect(self, x, y, w, h, css, tip="", rx=0):
+        tip = f"><title>{tip}</title></rect>" if tip else "/>"               # shown where the pointer rests
+        at = f'x="{x:.2f}" y="{y:.2f}" width="{w:.2f}" height="{h:.2f}" rx="{rx}"'
+        self.put(x, y, w, h, f'<rect class="{css}" {at}{tip}')
+
+    def text(self, x, y, said, css="ink", size=9, anchor="start"):
+        wide = text_width(said, size, css)
+        at = f'x="{x:.2f}" y="{y:.2f}" font-size="{size}" text-anchor="{anchor}"'
+        left = x - wide * ("start", "middle", "end").index(anchor) / 2
+        self.put(left, y - size, wide, size * 1.3, f'<text class="{css}" {at}>{html.escape(said)}</text>')
+
+    def labels(self, x, y, lines):
+        for k, line in enumerate(lines):
+            self.text(x, y + 12 + 11 * k, line, "mono soft" if k else "mono ink", 9, "middle")
+
+    def path(self, x, y, d, css="flow line", more=""):
+        self.svg.append(f'<path class="{css}" d="M{x:.2f} {y:.2f}{d}"{more}/>')
+
+    def arrow(self, x, y, *steps, css="flow line"):
+        """Steps are relative: right, down, right, ..."""
+        self.path(x, y, "".join(f"{'hv'[i % 2]}{step:.2f}" for i, step in enumerate(steps)), css, ' marker-end="url(#tip)"')
+
+    def paste(self, other, x, y):
+        """Returns the ends of what was pasted."""
+        l, t, r, b = other.box
+        self.put(x + l, y + t, r - l, b - t, f'\n<g transform="translate({x:.2f} {y:.2f})">{"".join(other.svg)}</g>')
+        self.points |= {name: (x + dx, y + dy) for name, (dx, dy) in other.points.items()}
+        return [x + end for end in other.ends or (l, r)]
+
+
+def row(sheets, gap=10, arrow=0):
+    """Side by side along y = 0, with arrows to the right (1) or to the left (-1) between them."""
+    out, x = Sheet(), 0
+    for sheet in sheets:
+        left, right = out.paste(sheet, x, 0)
+        if arrow and out.ends:
+            a, b = (out.ends[1] + 3, left - 3)[::arrow]
+            out.arrow(a, 0, b - a)
+        out.ends, x = ((out.ends or [left])[0], right), out.box[2] + gap
     return out
 
 
-def _gpt2_write(model, own):
-    names, out = _names(model, GPT2_NAMES, GPT2_BLOCK, "transformer.h"), {}
-    for ours, theirs in names.items():
-        turned = theirs.endswith("weight") and any(part in theirs for part in ("c_proj", "c_fc"))
-        out[theirs] = own[ours].T if turned else own[ours]
-    for i in range(model.cfg.n_layer):
-        for kind in ("weight", "bias"):
-            fused = torch.cat([own[f"blocks.{i}.attn.w_{p}.{kind}"] for p in "qkv"])
-            out[f"transformer.h.{i}.attn.c_attn.{kind}"] = fused.T if kind == "weight" else fused
+def pile(sheets, fork=0):
+    """On top of each other around y = 0; what forks has a way to and from each of them, where the stream itself is at y = 0."""
+    out, heights = Sheet(), [sheet.box[3] - sheet.box[1] + (16 if fork else 6) for sheet in sheets]
+    wide = max(sheet.box[2] for sheet in sheets)
+    for k, sheet in enumerate(sheets):
+        y = sum(heights[:k]) - sum(heights) / 2 - sheet.box[1]
+        left, right = out.paste(sheet, fork or (wide - sheet.box[2]) / 2, y)
+        if fork:
+            out.arrow(0, 0, 0, y, left - 3)
+            out.path(right + 3, y, f"H{wide + 2 * fork}V0")
+    out.put(0, 0, wide + 2 * fork, 0)
     return out
 
 
-def _llama_read(model, hf):
-    names = {theirs: ours for ours, theirs in _names(model, LLAMA_NAMES, LLAMA_BLOCK, "model.layers").items()}
-    return {names.get(theirs, theirs): tensor for theirs, tensor in hf.items() if not theirs.endswith("rotary_emb.inv_freq")}
+def stage(sheets):
+    """Side by side, but what is low stands on top of each other, by threes."""
+    columns = []
+    for sheet in sheets:
+        if columns and sheet.low and columns[-1][0].low and len(columns[-1]) < 3:
+            columns[-1].append(sheet)
+        else:
+            columns.append([sheet])
+    return row([pile(column) if len(column) > 1 else column[0] for column in columns])
 
 
-def _llama_write(model, own):
-    return {theirs: own[ours] for ours, theirs in _names(model, LLAMA_NAMES, LLAMA_BLOCK, "model.layers").items()}
+def work(lines, *paths):
+    """A box for what has no weights: paths (d, css, opacity) in 32 x 32 pixels."""
+    out, middle = Sheet(), max(44, *(text_width(line, 9) for line in lines)) / 2
+    out.rect(middle - 22, -22, 44, 44, "op page", rx=5)
+    for d, css, opacity in paths:
+        out.path(middle - 16, -16, d, css, f' opacity="{opacity:.2f}"')
+    out.labels(middle, 22, lines)
+    out.ends = middle - 22, middle + 22
+    return out
 
 
-def _gpt2_describe(cfg):
-    return dict(architectures=["GPT2LMHeadModel"], n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd,
-                n_inner=cfg.d_ff or None, n_positions=cfg.seq_len, n_ctx=cfg.seq_len, layer_norm_epsilon=cfg.norm_eps,
-                activation_function="gelu_new", resid_pdrop=cfg.resid_dropout, embd_pdrop=cfg.embed_dropout,
-                attn_pdrop=cfg.attn_dropout)
+def acting(name):
+    """The activation from -3 to 2."""
+    y_X = 20 - 10 * activation(SimpleNamespace(act=name), 33)(torch.linspace(-3, 2, 33)).detach().clamp(-0.5, 2)
+    curve = f"m0 {y_X[0]:.2f}" + "".join(f"l1 {dy:.2f}" for dy in y_X.diff())
+    return work([name] + ["f(gate) up"] * ACTIVATIONS[name][1], (curve, "flow ink", 1))
 
 
-def _llama_describe(cfg):
-    G = ATTENTION[cfg.attn].kv_heads(cfg)
-    return dict(architectures=["LlamaForCausalLM"], num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
-                num_key_value_heads=G, head_dim=cfg.head_dim or cfg.n_embd // cfg.n_head, hidden_size=cfg.n_embd,
-                intermediate_size=hidden_width(cfg), max_position_embeddings=cfg.seq_len, rms_norm_eps=cfg.norm_eps,
-                hidden_act="silu", rope_theta=cfg.rope_theta, attention_bias=cfg.qkv_bias, mlp_bias=cfg.mlp_bias,
-                attention_dropout=cfg.attn_dropout)
+def mixing(cfg, layer, mixer, causal):
+    """Which of 16 keys (across) each of 16 queries (down) reads, darker the more heads do; or the state that is kept."""
+    if mixer.recurrent:
+        loop = "m11 11c0 -16 26 -12 21 3l-6 7"
+        return work(["state", human(mixer.kept(1))], ("m2 12h18v18h-18z", "soft", 0.8), (loop, "flow line", 1))
+    n, see, name = 16, None, "causal" if causal else "all keys"
+    if isinstance(mixer, Cross):
+        causal, name = False, "all keys"
+    else:
+        this = Pass(torch.arange(n)[None], causal=causal, prefix_B=torch.tensor([6]) if cfg.arch == "prefix" else None)
+        small, near = replace(cfg, seq_len=n, sparse_stride=0, sparse_width=0), -(-layer.window * n // cfg.seq_len)
+        see = seen_keys(small, replace(layer, window=near), this, this.positions_BT.T, this.positions_BT)
+        name = "prefix" if cfg.arch == "prefix" else layer.attn if layer.attn in PATTERNS else name
+        name = f"{layer.window} keys" if layer.window else name
+    share_TS = torch.ones(n, n).tril(0 if causal else n) if see is None else see[0].float().mean(0)
+    paths = []
+    for share in share_TS[share_TS > 0].unique().tolist():
+        cells = (share_TS == share).nonzero().tolist()
+        d = "".join(f"m{2 * s} {2 * t}h2v2h-2zm{-2 * s} {-2 * t}" for t, s in cells)
+        paths.append((d, "soft cell", 0.2 + 0.6 * share))
+    return work(["softmax", name], *paths)
 
 
-def _is_gpt2(c):
-    return dict(attn=c.attn == "mha" and c.n_kv_head in (0, c.n_head), norm=c.norm == "layer", act=c.act == "gelu_tanh",
-                pos=c.pos == "learned", moe=not c.moe, qkv_bias=c.qkv_bias, out_bias=c.out_bias, mlp_bias=c.mlp_bias,
-                head_dim=c.head_dim in (0, c.n_embd // c.n_head))
+class Picture:
+    """The model at a scale of s pixels a number."""
+
+    def __init__(self, model, s):
+        self.model, self.cfg, self.s, self.band, self.thin = model, model.cfg, s, model.cfg.n_embd * s, max(THIN, s)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    def below(self, root):
+        """{rest of the name: name} of the tensors under a root; biases go with their weights."""
+        return {name.removeprefix(root).removesuffix(".weight"): name for name in self.shapes
+                if name.startswith(root) and not name.endswith(".bias")}
+
+    def told(self, name):
+        return f"{name} {dims(self.shapes[name])}"
+
+    def tensor(self, label, name="", heads=0, tint=1, tied=False):
+        """A tensor around y = 0, `tint` of its heads tinted, its bias on the side of its outputs. The stream's side stands
+        upright: what reads the stream has its outputs along x, what writes to it its inputs."""
+        out, name, writes = Sheet(), name or f"{label}.weight", label in ("w_o", "w_down")
+        shape, part = self.shapes[name], "head" if label == "head" else component(name)
+        biases = [b for b in (name.replace(".weight", ".bias"), f"{label}_bias") if b in self.shapes and b != name]
+        high, wide = (shape[-2:] if writes else shape[:-3:-1]) if len(shape) > 1 else (*shape, 1, 1)[:2]
+        w, h = max(THIN, wide * self.s), max(THIN, high * self.s)
+        if cut := w > BREAK and part in ("embedding", "head"):
+            w = BREAK
+        lines = [label, "= embed" if tied else dims(shape), *(f"+ bias {dims(self.shapes[b])}" for b in biases)]
+        middle = max(w, *(text_width(line, 9) for line in lines)) / 2
+        x, y, fan = middle - w / 2, -h / 2, min(4, shape[0]) if len(shape) == 3 else 1
+        for k in reversed(range(fan)):                           # stacked experts
+            out.rect(x + 4 * k, y - 4 * k, w, h, "page")
+            css = f"{part} {'tied' if tied else 'matrix' if len(shape) > 1 else ''}"
+            out.rect(x + 4 * k, y - 4 * k, w, h, css, "" if k or tied else self.told(name))
+        for bias in biases:
+            beside = writes or len(shape) == 1
+            at = (x + w + 1.5, y, self.thin, h) if beside else (x, y - 1.5 - self.thin, w, self.thin)
+            out.rect(*at, part, self.told(bias))
+        if heads:
+            out.rect(x, y, w * tint / heads, h, f"{part} tint")
+            if w / heads > 2:
+                out.path(x, y, f"m{w / heads:.3f} 0v{h:.2f}m0 {-h:.2f}" * (heads - 1), f"{part} heads")
+        if cut:
+            out.path(x + 0.62 * w, y - 6, "".join(f"l{7 * (-1)**k} {(h + 12) / 8:.2f}" for k in range(8)), "cut page")
+        out.labels(middle, h / 2, lines)
+        out.ends, out.low, out.points = (x, x + w + 4 * (fan - 1)), h < 0.45 * self.band, {name: (middle, y)}
+        return out
+
+    def norm(self, label, name):
+        """A norm of the stream itself lies across its band."""
+        out, names = Sheet(), [n for n in dict.fromkeys((name, name.replace(".weight", ".bias"))) if n in self.shapes]
+        for k, each in enumerate(names):
+            out.rect(0, (self.thin + 1.5) * k, self.band, self.thin, "norms", self.told(each))
+        out.text(self.band + 10, 5, f"{label} " + " + bias ".join(dims(self.shapes[each]) for each in names), "mono soft")
+        return out
+
+    def stages(self, key, tensors, between, heads={}):
+        """The stages of a branch from {label: name}; heads {label: (how many, how many of them to tint)}."""
+        others = [label for label in tensors if label not in STAGES[key].split()]
+        make = lambda label: between if label == "work" else self.tensor(label, tensors[label], *heads.get(label, ()))
+        for part in STAGES[key].replace("*", " ".join(others)).split("|"):
+            sheets = [make(label) for label in part.split() if label in tensors or label == "work"]
+            if sheets:
+                yield stage(sheets)
+
+    def branch(self, title, sheets, norms):
+        """What leaves the stream (the band at the left), works, and is added back above."""
+        out, x, middle, on_stream = Sheet(), self.band + 40, self.band / 2, self.cfg.norm_at == "prenorm_residual"
+        if "after" in norms:
+            out.paste(self.norm(*norms["after"]), 0, 5)
+        before, after = ([self.tensor(*norms[at])] if at in norms and not on_stream else [] for at in ("pre", "post"))
+        line = row([*before, *sheets, *after], 24, 1)
+        top = out.box[3] + 13
+        y = top + 36 - line.box[1]
+        left, right = out.paste(line, x, y)
+        out.text(x, top + 20, title, "ink bold", 10.5)
+        turn = out.box[2] + 12
+        out.arrow(self.band, y, left - 3 - self.band)
+        out.arrow(right + 3, y, turn - right - 3, top - y, middle + 11 - turn)
+        out.path(middle, top, "m-8 0a8 8 0 1 1 16 0a8 8 0 1 1 -16 0z", "op page")
+        out.path(middle - 4, top, "h8m-4 -4v8", "flow ink")
+        out.path(self.band - 2.5, y, "a2.5 2.5 0 1 1 5 0a2.5 2.5 0 1 1 -5 0z", "line")
+        if on_stream and norms:
+            out.paste(self.norm(*norms["pre"]), 0, out.box[3] + 8)
+        out.put(0, 0, turn, out.box[3] + 8)
+        return out
+
+    def branches(self, layer, block, root, causal):
+        """Those of a block, first one first."""
+        cfg, H = self.cfg, self.cfg.n_head
+        norms = lambda res: {at: (f"{res}.{at}", name) for at, name in self.below(f"{root}{res}.").items()}
+        for inner, res, mixer in (("attn", "res1", block.attn), ("cross", "res_cross", block.cross)):
+            if mixer is None:
+                continue
+            tensors, G = self.below(f"{root}{inner}."), getattr(mixer, "n_kv_head", H)
+            if root.endswith("blocks.0.") and inner == "attn" and cfg.pos == "t5":     # one table for all blocks
+                tensors["rel_bias"] = root.replace("blocks.0.", "rel_bias.weight")
+            heads = dict.fromkeys(("w_q", "w_o", "w_gate", "w_ukv"), (H, H // G)) | dict(w_k=(G, 1), w_v=(G, 1))
+            sheets = list(self.stages("attn", tensors, mixing(cfg, layer, mixer, causal), heads))
+            sheets[0].box[1] -= 14 * (inner == "cross")          # room for what comes from the encoder
+            title = f"attention · {layer.attn}" if inner == "attn" else "cross-attention · keys and values from the encoder"
+            yield self.branch(title + (f" · {H} query and {G} key heads" if G < H else f" · {H} heads"), sheets, norms(res))
+        tensors = self.below(f"{root}mlp.")
+        sheets, title = list(self.stages("mlp", tensors, acting(cfg.act))), "mlp"
+        if layer.moe:
+            title = f"experts · {cfg.n_active} of {cfg.n_expert} for each token"
+            share = lambda *parts: {label.split(".")[-1]: name for label, name in tensors.items() if label.startswith(parts)}
+            sheets = list(self.stages("mlp", share("router", "experts"), acting("swiglu")))
+            if cfg.n_shared_expert:
+                both = sheets, self.stages("mlp", share("shared"), acting("swiglu"))
+                sheets, title = [pile([row(lane, 24, 1) for lane in both], 20)], title + f" · {cfg.n_shared_expert} shared, below"
+        yield self.branch(title, sheets, norms("res2"))
+
+    def stack(self, side=""):
+        """Encoder or decoder, tokens at the bottom: embedding, each kind of block once, what comes after them."""
+        model, cfg, inside, x, cards = self.model, self.cfg, Sheet(), self.band + 40, []
+        there = lambda *labels: [self.tensor(label) for label in labels if f"{label}.weight" in self.shapes]
+        tied = lambda label: [self.tensor(label, "embed.weight", tied=True)]
+        tops = [("memory", there("enc_norm"))]
+        if not side:
+            head = tied("head") if model.head is model.embed else there("head")
+            tops = [("hidden states" if cfg.headless else "logits", there("norm", "mlm_dense", "mlm_norm") + head)]
+            tops += [("summary of the first token", there("pooler"))] * cfg.pooler
+        for label, sheets in tops:
+            line, start = row(sheets, 24, 1), self.band / 2
+            y = inside.box[3] + 16 - line.box[1]
+            if sheets:
+                left, right = inside.paste(line, x, y)
+                inside.arrow(start, y, left - 3 - start)
+                start = right + 3
+            end = max(x, start + 20)
+            inside.arrow(start, y, end - start)
+            inside.text(end + 6, y + 4, label, "ink bold", 10.5)
+            inside.points |= {label: (inside.box[2] + 6, y), "end": inside.points.get("end", (0, y - 8))}
+        kinds = kinds_of(*((model.enc_blocks, model.enc_plan) if side else (model.blocks, model.plan)))
+        for letter, (layer, block, at) in reversed([*zip(LETTERS, kinds)]):
+            top = inside.box[3] + 26
+            inside.put(0, top, 1, 22)
+            for each in reversed([*self.branches(layer, block, f"{side}blocks.{at[0]}.", cfg.arch != "encoder" and not side)]):
+                inside.paste(each, 0, inside.box[3])
+            cards.append((top, inside.box[3] - top, len(at)))
+            where = textwrap.shorten(f"{'encoder ' * bool(side)}block {ranges(at)}", 60, placeholder=" ..")
+            inside.text(x, top + 18, letter, "ink bold", 12)
+            inside.text(x + 16, top + 18, where, "soft", 10)
+        line = row(there("embed_norm") + [row(tied("embed") if side else there("embed", "pos_embed", "type_embed"))], 24, -1)
+        y = inside.box[3] + 26 - line.box[1]
+        left, right = inside.paste(line, x, y)
+        inside.arrow(left - 3, y, self.band / 2 + 7 - left)
+        inside.arrow(right + 28, y, -24)
+        inside.text(right + 34, y + 4, "source ids" if side else "token ids", "ink bold", 10.5)
+        inside.text(self.band / 2, y + 19, f"{cfg.n_embd}", "mono soft", 9, "middle")
+        out, wide, end = Sheet(), inside.box[2] + 14, inside.points["end"][1]
+        for top, high, times in cards:
+            for k in reversed(range(min(3, times))):
+                out.rect(4 * k - 14, top - 4 * k, wide + 14, high, "card", rx=8)
+            inside.text(wide - 12, top + 20, f"× {times}", "ink bold", 14, "end")
+        out.rect(0, end, self.band, y + 26 - end, "band", "the residual stream", 3)
+        out.paste(inside, 0, 0)
+        return out
+
+    def page(self):
+        out, decoder, gutter = Sheet(), self.stack(), -20
+        if self.model.enc_plan:
+            encoder = self.stack("enc_")
+            out.paste(encoder, 14, max(0, decoder.box[3] - encoder.box[3]))
+            (x, y), gutter = out.points["memory"], out.box[2] + 16
+        out.paste(decoder, gutter + 34, max(0, out.box[3] - decoder.box[3]))
+        for name, (to, top) in out.points.items():
+            if ".cross.w_k." in name or ".cross.w_v." in name:
+                out.arrow(x, y, gutter - x, top - 14 - y, to - gutter, 8, css="flow cross-attention")
+        return out
 
 
-def _is_llama(c):
-    return dict(attn=c.attn in ("mha", "gqa", "mqa"), norm=c.norm == "rms", act=c.act == "swiglu", pos=c.pos == "rope",
-                moe=not c.moe, out_bias=c.qkv_bias == c.out_bias)
+def draw(model):
+    """An SVG of the model: the stream as a band, each kind of block once, every tensor to one scale."""
+    cfg, table, out = model.cfg, parameter_table(model), Sheet()
+    for s in (TALL / cfg.n_embd * 0.95**k for k in range(26)):   # the largest scale that fits
+        page = Picture(model, s).page()
+        if page.box[2] <= WIDE * (1.4 if model.enc_plan else 1):
+            break
+    wide, total, active = max(page.box[2], 700), sum(table.values()), active_parameters(model)
+    out.text(0, 20, f"{human(total)} parameters" + f", {human(active)} active a token" * (active < total), "ink bold", 22)
+    flags = " ".join(f"--{f.name}={getattr(cfg, f.name)}" for f in fields(cfg) if getattr(cfg, f.name) != f.default)
+    for line in textwrap.wrap(flags or "all flags at their defaults", int(wide / text_width("x", 9))):
+        out.text(0, out.box[3] + 13, line, "mono soft")
+    bar, key, y = 0, 0, out.box[3] + 10
+    for part, n in table.items():                                # the shares, as a bar and as its legend
+        said = f"{part} {human(n)}, {n / total:.1%}"
+        out.rect(bar, y, wide * n / total, 12, part, f"{part} {n:,}")
+        out.rect(key, y + 22, 9, 9, part)
+        out.text(key + 14, y + 30, said, "ink", 10)
+        bar, key = bar + wide * n / total, key + 30 + text_width(said, 10)
+    kinds, step, y = kinds_of(model.blocks, model.plan), min(22, (wide - 50) / cfg.n_layer), out.box[3] + 12
+    if len(kinds) > 1:                                           # which block is of which kind
+        out.text(0, y + 12, "blocks", "soft", 10)
+        for i, letter in ((i, letter) for letter, (*_, at) in zip(LETTERS, kinds) for i in at):
+            out.rect(50 + i * step, y, step - 2, 16, "card")
+            out.text(49 + (i + 0.5) * step, y + 11, letter, "mono ink", min(9, step), "middle")
+    out.paste(page, 0, out.box[3] + 24)
+    unit, y = 2 ** round(math.log2(90 / s)), out.box[3] + 34
+    out.path(0, y - 7, f"v8m0 -4h{unit * s:.2f}m0 -4v8")
+    note = (f"{unit:,} numbers, along both sides of every tensor (no side is drawn under {THIN} pixels). Upright: the side that "
+            "meets the stream; across: heads, hidden units or ids. A zigzag cuts a vocabulary short. Lines bound heads; those "
+            "tinted share a key head. Stacked: experts.")
+    for k, line in enumerate(textwrap.wrap(note, int((wide - unit * s - 12) / text_width("x", 9)))):
+        out.text(unit * s + 12, y + 13 * k, line, "soft")
+    light, dark = ("".join(f".{name}{{color:{pair[mode]}}}" for name, pair in COLOURS.items()) for mode in (0, 1))
+    w, h = round(out.box[2] + 40), round(out.box[3] + 40)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-20 -20 {w} {h}" width="{w}" height="{h}">\n'
+            f"<style>{STYLE}\n{light}\n@media(prefers-color-scheme:dark){{{dark}}}</style>\n"
+            '<defs><marker id="tip" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+            '<path class="line" d="M0 1L7 4L0 7Z"/></marker></defs>\n'
+            f'<rect class="page" x="-20" y="-20" width="{w}" height="{h}"/>\n{"".join(out.svg)}\n</svg>\n')
 
 
-CONVERT = {      # model_type: their config to ours, their tensors to ours, ours to theirs, our config to theirs, does it fit?
-    "gpt2": (_gpt2_config, _gpt2_read, _gpt2_write, _gpt2_describe, _is_gpt2),
-    "llama": (_llama_config, _llama_read, _llama_write, _llama_describe, _is_llama),
+# ---- Hugging Face folders (every architecture of the list, in and out) ----
+
+# An architecture is a table, read in both directions: opening a folder turns their config.json into our fields and splits
+# their tensors into ours, saving does the reverse. Which architecture a model of ours is, is found by trying: the first
+# whose config.json, read back, gives the same fields. (DeepSeek LLM is a llama, and so are a few others.)
+
+@dataclass
+class Arch:
+    cls: str                                     # their class
+    keys: dict                                   # {our field: (their key, its value where left out[, {their value: ours}])}
+    usual: dict                                  # {their key: its value where left out}: differs from the above, or for `parts`
+    fixed: dict                                  # {our field: what this architecture always has}
+    names: list                                  # Names of the tensors
+    parts: tuple = ()                            # (read(hf, ours), write(c, hf)): what is not one key for one field
+    only: dict = field(default_factory=dict)     # {their key: values implemented}: it changes the maths, others are refused
+    renames: tuple = ()                          # (pattern, replacement): other names found on disk
+    ignored: str = "$^"                          # tensors that say nothing to this model
+    whole_heads: bool = False                    # their class refuses widths that n_head does not divide
+
+    def renamed(self, name):
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+# their tensor; ours, several where theirs holds them one after the other; how: "turned" (GPT-2 stores [in, out]), "heads" (one
+# after the other in every head), "row" ([H, 1, K]); when: a sibling that must be there, with - must not. {i} layer, {e} expert
+Names = namedtuple("Names", "theirs ours how when")
+
+
+def _named(table, theirs="", ours=""):
+    """[Names] of {their name: ours, or (ours, how, when)} inside one module."""
+    rows = {name: (row, "", "") if isinstance(row, str) else row for name, row in table.items()}
+    return [Names(theirs + name, [ours + n for n in row.split()], how, when) for name, (row, how, when) in rows.items()]
+
+
+FACTOR = dict(rope_factor="factor")
+LONG = FACTOR | dict(rope_original="original_max_position_embeddings")
+ROPE = {                                         # rope_type: {our field: key of their dict}
+    "default": {}, "linear": FACTOR, "dynamic": FACTOR,
+    "llama3": LONG | dict(rope_low="low_freq_factor", rope_high="high_freq_factor"),
+    "yarn": LONG | dict(rope_beta_fast="beta_fast", rope_beta_slow="beta_slow", rope_truncate="truncate",
+                        rope_attn_factor="attention_factor", rope_mscale="mscale", rope_mscale_all="mscale_all_dim"),
 }
 
 
+def _one_spelling(config):
+    """RoPE as the hub spells it: rope_theta and partial_rotary_factor at the top, the rest in rope_scaling. Transformers 5
+    writes all of it in rope_parameters, for Gemma 3 one dict for each type of layer."""
+    new, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    near = new.get("sliding_attention") or {}
+    rope = (new.get("full_attention") or {}) | scaling if near or "full_attention" in new else scaling or new
+    if near.get("rope_type", "default") != "default":
+        raise UsageError(f"config.json scales the RoPE of sliding layers ({near}), which is not implemented; leave it unscaled")
+    top = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if rope.get(key) is not None}
+    return config | top | ({"rope_local_base_freq": near["rope_theta"]} if "rope_theta" in near else {}) | dict(rope_scaling=rope)
+
+
+def _read_rope(hf, ours):
+    rope = hf["rope_scaling"]
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE:
+        raise UsageError(f"config.json asks for RoPE scaling {kind!r}, which is not implemented; these are: {list(ROPE)}")
+    if "rope_original" in ROPE[kind] and hf.get("original_max_position_embeddings"):                # Phi's place for it wins
+        rope = rope | {"original_max_position_embeddings": hf["original_max_position_embeddings"]}
+    ours |= dict(rope_theta=_number("rope_theta", hf), rope_scaling="none" if kind == "default" else kind)
+    ours |= {name: _number(name, rope, key) for name, key in ROPE[kind].items() if rope.get(key) is not None}
+    if kind == "yarn" and "rope_original" in ours:
+        ours.setdefault("rope_factor", ours["seq_len"] / ours["rope_original"])
+    if kind != "default" and "rope_factor" not in ours:
+        raise UsageError(f"config.json asks for RoPE scaling {kind!r} without a factor; give one, such as factor=4.0")
+
+
+def _write_rope(c, hf):
+    kind = c["rope_scaling"]
+    scaling = {key: c[name] for name, key in ROPE.get(kind, {}).items() if c[name] or key == "truncate"}
+    hf |= dict(rope_theta=c["rope_theta"], rope_scaling=None if kind == "none" else dict(rope_type=kind, **scaling))
+
+
+MIXERS = {"full_attention": "gqa", "sliding_attention": "swa", "linear_attention": "lightning"}     # layer type: our mixer
+
+
+def _layers(usual, reads=("layer_types",), windowed="swa", choices=("full_attention", "sliding_attention")):
+    """The mixers of all layers: layer_types, or where it is left out choices[usual(hf, i)] of layer i. A sliding_window is
+    meant for the mixer `windowed` ("gqa": for every softmax layer)."""
+    def read(hf, ours):
+        L, off = ours["n_layer"], "use_sliding_window" in reads and not hf["use_sliding_window"]
+        window = 0 if off else hf["sliding_window"] or 0
+        types = "layer_types" in reads and hf.get("layer_types") or [choices[bool(usual(hf, i))] for i in range(L)]
+        if len(types) != L or not set(types) <= MIXERS.keys():
+            raise UsageError(f"config.json has layer_types={types} for {L} layers; give each one of {list(MIXERS)}")
+        names = ["swa" if window and MIXERS[t] == windowed else MIXERS[t] for t in types]
+        if "swa" in names and window < 1:
+            raise UsageError("config.json has sliding layers without a window; give sliding_window, such as 4096")
+        period = next(n for n in range(1, L + 1) if all(name == names[i % n] for i, name in enumerate(names)))
+        runs = [(name, len(list(run))) for name, run in itertools.groupby(names[:period])]
+        ours |= dict(window=window if "swa" in names else 0, attn=names[0] if period == 1 else "gqa",
+                     layers="" if period == 1 else ",".join(name if n == 1 else f"{name}*{n}" for name, n in runs))
+
+    def write(c, hf):
+        types = {ours: theirs for theirs, ours in MIXERS.items()} | ({"swa": "full_attention"} if windowed == "gqa" else {})
+        if not set(c["layers"]) <= types.keys():
+            raise KeyError("layers")
+        hf["sliding_window"] = c["window"] or (None if windowed == "gqa" else c["seq_len"])
+        if "layer_types" in reads:
+            hf["layer_types"] = [types[name] for name in c["layers"]]
+        if "use_sliding_window" in reads:        # older versions know the pattern by its last full layer
+            late = max((i + 1 for i, name in enumerate(c["layers"]) if name == "gqa"), default=0)
+            hf |= dict(use_sliding_window=c["window"] > 0, max_window_layers=late)
+    return read, write
+
+
+def _read_t5(hf, ours):
+    gated, act = hf["feed_forward_proj"].startswith("gated-"), hf["feed_forward_proj"].split("-")[-1]
+    act = "gelu_new" if hf["feed_forward_proj"] == "gated-gelu" else act
+    if (hf.get("is_gated_act", gated), hf.get("dense_act_fn", act)) != (gated, act):
+        raise UsageError(f"config.json has feed_forward_proj={hf['feed_forward_proj']!r}, which means is_gated_act={gated} and "
+                         f"dense_act_fn={act!r}; make them agree or leave them out")
+    scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings") is not False)
+    ours |= dict(n_layer=ours["n_layer"] or ours["n_enc_layer"], logit_scale=ours["n_embd"] ** -0.5 if scaled else 1.0,
+                 tie_embeddings=True)            # whatever is said of it: an lm_head.weight on disk decides
+
+
+def _write_t5(c, hf):
+    hf |= dict(tie_word_embeddings=c["tie_embeddings"], scale_decoder_outputs=c["logit_scale"] != 1,
+               pad_token_id=c["start_token"])
+
+
+def _read_tnl(hf, ours):
+    uses = [bool(use) for use in hf["linear_use_lrpe_list"]] or [False] * ours["n_layer"]
+    if len(uses) != ours["n_layer"] or uses != sorted(uses, reverse=True):
+        raise UsageError(f"config.json has linear_use_lrpe_list={hf['linear_use_lrpe_list']}, which is not implemented for "
+                         f"{ours['n_layer']} layers; use ones for the first layers and zeros for the rest")
+    ours |= dict(pos="lrpe" if any(uses) else "none", lrpe_layers=sum(uses), head_dim=hf["hidden_dim"] // ours["n_head"])
+    ours["d_ff"] = ours["n_embd"] if ours["d_ff"] < 0 else ours["d_ff"]
+
+
+def _write_tnl(c, hf):
+    first = c["lrpe_layers"] if c["pos"] == "lrpe" else 0
+    hf |= dict(linear_use_lrpe_list=[int(i < first) for i in range(c["n_layer"])], hidden_dim=c["head_dim"] * c["n_head"])
+
+
+PLAIN = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "relu2": "relu2",
+         "silu": "silu", "swish": "silu", "mish": "mish", "tanh": "tanh", "sigmoid": "sigmoid"}
+GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh", "gelu": "geglu",
+         "relu": "reglu", "sigmoid": "glu", "linear": "bilinear"}
+T5_MLP = {"wi": ("mlp.w_up", "", "-mlp.w_gate"), "wi_0": "mlp.w_gate", "wi_1": ("mlp.w_up", "", "mlp.w_gate"), "wo": "mlp.w_down"}
+T5_ACT = {"gated-gelu": "geglu_tanh", "gated-silu": "swiglu", "gated-relu": "reglu"} | PLAIN
+ONLY = {"quantization_config": (None,), "pruned_heads": (None, {}), "partial_rotary_factor": (None, 1.0)}        # everywhere
+
+KEYS = dict(vocab_size=("vocab_size", 32000), n_layer=("num_hidden_layers", 32), n_embd=("hidden_size", 4096),
+            n_head=("num_attention_heads", 32), d_ff=("intermediate_size", 11008), seq_len=("max_position_embeddings", 2048),
+            tie_embeddings=("tie_word_embeddings", False))
+LLAMA_KEYS = KEYS | dict(n_kv_head=("num_key_value_heads", None), head_dim=("head_dim", None), norm_eps=("rms_norm_eps", 1e-6),
+                         act=("hidden_act", "silu", GATED), attn_dropout=("attention_dropout", 0.0))
+BIASES = dict(qkv_bias=("attention_bias", False), out_bias=("attention_bias", False))
+GLM_KEYS = dict(qkv_bias=("attention_bias", True), rope_fraction=("partial_rotary_factor", 0.5))
+GEMMA_KEYS = BIASES | dict(act=("hidden_activation", "gelu_pytorch_tanh", GATED), logit_softcap=("final_logit_softcapping", 30.0))
+MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+QWEN = dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
+            use_sliding_window=False, sliding_window=4096, max_window_layers=28)
+GLM = dict(vocab_size=151552, intermediate_size=13696, num_hidden_layers=40, num_key_value_heads=2, head_dim=128,
+           max_position_embeddings=131072, rms_norm_eps=1.5625e-7)
+GEMMA = dict(vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+             num_key_value_heads=4, head_dim=256, max_position_embeddings=8192, tie_word_embeddings=True,
+             query_pre_attn_scalar=256, sliding_window=4096)
+
+QKVO = {f"self_attn.{p}_proj": f"attn.w_{p}" for p in "qkvo"} | {f"self_attn.{p}_norm": f"attn.{p}_norm" for p in "qk"}
+SWIGLU = {f"mlp.{p}_proj": f"mlp.w_{p}" for p in ("gate", "up", "down")}
+FUSED = {"mlp.gate_up_proj": "mlp.w_gate mlp.w_up", "mlp.down_proj": "mlp.w_down"}
+MIXTRAL = {"block_sparse_moe.gate": "mlp.router"} | {f"block_sparse_moe.experts.{{e}}.{theirs}.weight": f"mlp.experts.w_{ours}"
+                                                     for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down"))}
+LIGHTNING = {name: (ours, "", "-attn.norm") for name, ours in QKVO.items()} | {
+    "self_attn.qkv_proj": ("attn.w_q attn.w_k attn.w_v", "heads", "attn.norm"), "self_attn.norm": "attn.norm",
+    "self_attn.out_proj": ("attn.w_o", "", "attn.norm"), "self_attn.output_gate": "attn.w_gate"}
+PRE = {"input_layernorm": "res1.pre", "post_attention_layernorm": "res2.pre"}
+POST = {"post_attention_layernorm": "res1.post", "post_feedforward_layernorm": "res2.post"}
+SANDWICH = POST | {"input_layernorm": "res1.pre", "pre_feedforward_layernorm": "res2.pre"}
+GLM4 = PRE | {"post_self_attn_layernorm": "res1.post", "post_mlp_layernorm": "res2.post"}
+BARE = (r"^(?=(embed_tokens|layers|norm)\.)", "model.")         # saved without the wrapper that holds the head
+SCALAR = (lambda hf, ours: ours.update(attn_scale=hf["query_pre_attn_scalar"] ** -0.5),
+          lambda c, hf: hf.update(query_pre_attn_scalar=round(c["attn_scale"] ** -2)))     # their class takes whole numbers
+GEMMA_BLOCK = dict(norm_at="sandwich", norm_one_plus=True, embed_scale=True)
+QWEN_LAYERS = _layers(lambda hf, i: hf["use_sliding_window"] and hf["sliding_window"] and i >= hf["max_window_layers"],
+                      ("layer_types", "use_sliding_window"))
+
+
+def _decoder(block):
+    return (_named({"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"})
+            + _named(block, "model.layers.{i}.", "blocks.{i}."))
+
+
+def _llama_like(cls, defaults, keys={}, fixed={}, block=PRE | QKVO | SWIGLU, parts=(), **rest):
+    keys = {name: key for name, key in (LLAMA_KEYS | keys).items() if key}
+    return Arch(cls, keys, dict(rope_theta=10000.0) | defaults, dict(attn="gqa", pos="rope") | fixed, _decoder(block),
+                ((_read_rope, _write_rope), *parts), **dict(renames=(BARE,)) | rest)
+
+
+def _t5_stack(stack, ours, last):
+    """Names of the encoder, or of the decoder, whose MLP comes third after cross attention."""
+    rows = {f"{last}.layer_norm": "res2.pre"} | {f"{last}.DenseReluDense.{name}": row for name, row in T5_MLP.items()}
+    rows |= {"0.layer_norm": "res1.pre"} | {f"0.SelfAttention.{p}": f"attn.w_{p}" for p in "qkvo"}
+    cross = {"1.layer_norm": "res_cross.pre"} | {f"1.EncDecAttention.{p}": f"cross.w_{p}" for p in "qkvo"}
+    return (_named({f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias": f"{ours}rel_bias",
+                    f"{stack}.final_layer_norm": f"{ours}norm"})
+            + _named(rows | (cross if last == 2 else {}), f"{stack}.block.{{i}}.layer.", f"{ours}blocks.{{i}}."))
+
+
+CONVERT = {                                      # their model_type
+    "gpt2": Arch(
+        "GPT2LMHeadModel",
+        dict(vocab_size=("vocab_size", 50257), n_layer=("n_layer", 12), n_embd=("n_embd", 768), n_head=("n_head", 12),
+             d_ff=("n_inner", None), seq_len=("n_positions", 1024), norm_eps=("layer_norm_epsilon", 1e-5),
+             act=("activation_function", "gelu_new", PLAIN), tie_embeddings=("tie_word_embeddings", True),
+             scale_by_layer=("scale_attn_by_inverse_layer_idx", False), attn_dropout=("attn_pdrop", 0.1),
+             resid_dropout=("resid_pdrop", 0.1), embed_dropout=("embd_pdrop", 0.1)), {},
+        dict(norm="layer", pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True),
+        _named({"transformer.wte": "embed", "transformer.wpe": "pos_embed", "transformer.ln_f": "norm", "lm_head": "head"})
+        + _named({"ln_1": "res1.pre", "ln_2": "res2.pre", "attn.c_attn": ("attn.w_q attn.w_k attn.w_v", "turned", ""),
+                  "attn.c_proj": ("attn.w_o", "turned", ""), "mlp.c_fc": ("mlp.w_up", "turned", ""),
+                  "mlp.c_proj": ("mlp.w_down", "turned", "")}, "transformer.h.{i}.", "blocks.{i}."),
+        only=dict(add_cross_attention=(False,), scale_attn_weights=(True,)),
+        renames=((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),)),
+    "llama": _llama_like("LlamaForCausalLM", {}, BIASES | dict(mlp_bias=("mlp_bias", False)), whole_heads=True),
+    "mistral": _llama_like("MistralForCausalLM", MISTRAL, parts=[_layers(lambda hf, i: False, (), "gqa")]),
+    "qwen2": _llama_like("Qwen2ForCausalLM", QWEN, {}, dict(qkv_bias=True), parts=[QWEN_LAYERS]),
+    "qwen3": _llama_like("Qwen3ForCausalLM", QWEN | dict(head_dim=128), BIASES, dict(qk_norm="head"), parts=[QWEN_LAYERS]),
+    "olmo2": _llama_like("Olmo2ForCausalLM", dict(vocab_size=50304, rms_norm_eps=1e-5), BIASES,
+                         dict(norm_at="branch_post", qk_norm="width"), POST | QKVO | SWIGLU),
+    "glm": _llama_like("GlmForCausalLM", GLM, GLM_KEYS, dict(rope_layout="interleaved"), PRE | QKVO | FUSED),
+    "glm4": _llama_like("Glm4ForCausalLM", GLM, GLM_KEYS, dict(rope_layout="interleaved", norm_at="sandwich"),
+                        GLM4 | QKVO | FUSED),
+    "gemma2": _llama_like(
+        "Gemma2ForCausalLM", GEMMA, GEMMA_KEYS | dict(attn_softcap=("attn_logit_softcapping", 50.0)), GEMMA_BLOCK,
+        SANDWICH | QKVO | SWIGLU, [SCALAR, _layers(lambda hf, i: i % 2 == 0)], whole_heads=True,
+        only=dict(use_bidirectional_attention=(None, False))),
+    "gemma3_text": _llama_like(
+        "Gemma3ForCausalLM",
+        GEMMA | dict(vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6, sliding_window_pattern=6,
+                     final_logit_softcapping=None),
+        GEMMA_KEYS | dict(rope_local_theta=("rope_local_base_freq", 1e4)), GEMMA_BLOCK | dict(qk_norm="head"),
+        SANDWICH | QKVO | SWIGLU, [SCALAR, _layers(lambda hf, i: (i + 1) % hf["sliding_window_pattern"])], whole_heads=True,
+        only=dict(use_bidirectional_attention=(None, False), attn_logit_softcapping=(None,)),
+        renames=((r"^(model\.)?language_model\.(model\.)?(?=embed|layers|norm)", "model."),
+                 (r"^language_model\.lm_head", "lm_head"), BARE),
+        ignored=r"^(model\.)?(vision_tower|multi_modal_projector)\."),
+    "minimax": _llama_like(
+        "MiniMaxForCausalLM", MISTRAL | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, attn_type_list=None),
+        dict(d_ff=None, d_expert=("intermediate_size", 14336), n_expert=("num_local_experts", 8),
+             n_active=("num_experts_per_tok", 2), act=("hidden_act", "silu", {"silu": "swiglu"}))
+        | {f"res_{factor}{ours}": (f"{theirs}_{factor}_factor", 1) for factor in ("alpha", "beta")
+           for ours, theirs in (("", "full_attn"), ("_linear", "linear_attn"), ("_mlp", "mlp"))},
+        dict(norm_at="prenorm_residual", moe=True, router="softmax", n_shared_expert=0, n_dense_layer=0),
+        PRE | MIXTRAL | LIGHTNING, [_layers(lambda hf, i: (hf["attn_type_list"] or [1, 0] * (i + 1))[i], ("layer_types",), "gqa",
+                                            ("linear_attention", "full_attention"))], only=dict(rotary_dim=(None,)),
+        ignored=r"self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$"),
+    "transnormer": Arch(
+        "TransnormerForCausalLM",
+        dict(vocab_size=("vocab_size", 64000), n_layer=("decoder_layers", 24), n_embd=("decoder_embed_dim", 1024),
+             n_head=("decoder_attention_heads", 8), d_ff=("glu_dim", 2816), seq_len=("max_position_embeddings", 2048),
+             tie_embeddings=("tie_word_embeddings", True), embed_scale=("no_scale_embedding", False, {False: True, True: False})),
+        dict(hidden_dim=1024, linear_use_lrpe_list=[]), dict(attn="transnormer", norm="srms", norm_eps=1e-6, act="bilinear"),
+        _decoder({"token_mixer.qkvu_proj": "attn.w_q attn.w_k attn.w_v attn.w_gate", "token_mixer.out_proj": "attn.w_o",
+                  "token_mixer.lrpe.theta": ("attn.lrpe", "row", ""), "channel_mixer.l1": "mlp.w_gate",
+                  "channel_mixer.l2": "mlp.w_up", "channel_mixer.l3": "mlp.w_down"}),
+        [(_read_tnl, _write_tnl)], dict(norm_type=("simplermsnorm",), bias=(False,), linear_act_fun=("silu", "swish"))),
+    "bert": Arch(
+        "BertForMaskedLM",
+        KEYS | dict(act=("hidden_act", "gelu", PLAIN), norm_eps=("layer_norm_eps", 1e-12), n_token_type=("type_vocab_size", 2),
+                    attn_dropout=("attention_probs_dropout_prob", 0.1), resid_dropout=("hidden_dropout_prob", 0.1),
+                    embed_dropout=("hidden_dropout_prob", 0.1)),
+        dict(vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+             max_position_embeddings=512, tie_word_embeddings=True),
+        dict(arch="encoder", norm="layer", norm_at="post", pos="learned", embed_norm=True, qkv_bias=True, out_bias=True,
+             mlp_bias=True),
+        _named({"word_embeddings": "embed", "position_embeddings": "pos_embed", "token_type_embeddings": "type_embed",
+                "LayerNorm": "embed_norm"}, "bert.embeddings.") + _named({"bert.pooler.dense": "pooler"})
+        + _named({"transform.dense": "mlm_dense", "transform.LayerNorm": "mlm_norm", "bias": "head_bias",
+                  "decoder.bias": "head_bias", "decoder": "head"}, "cls.predictions.")
+        + _named({"attention.self.query": "attn.w_q", "attention.self.key": "attn.w_k", "attention.self.value": "attn.w_v",
+                  "attention.output.dense": "attn.w_o", "attention.output.LayerNorm": "res1.after",
+                  "intermediate.dense": "mlp.w_up", "output.dense": "mlp.w_down", "output.LayerNorm": "res2.after"},
+                 "bert.encoder.layer.{i}.", "blocks.{i}."),
+        [(lambda hf, ours: None, lambda c, hf: hf.update(architectures=["BertModel" if c["headless"] else "BertForMaskedLM"]))],
+        dict(is_decoder=(False,), add_cross_attention=(False,), position_embedding_type=("absolute",)),
+        ((r"^(?=(embeddings|encoder|pooler)\.)", "bert."), (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+         (r"LayerNorm\.beta$", "LayerNorm.bias"), (r"^cls\.predictions\.bias$", "cls.predictions.decoder.bias")),
+        r"^cls\.seq_relationship\."),
+    "t5": Arch(
+        "T5ForConditionalGeneration",
+        dict(vocab_size=("vocab_size", 32128), n_embd=("d_model", 512), head_dim=("d_kv", 64), d_ff=("d_ff", 2048),
+             n_enc_layer=("num_layers", 6), n_layer=("num_decoder_layers", None), n_head=("num_heads", 8),
+             t5_buckets=("relative_attention_num_buckets", 32), t5_distance=("relative_attention_max_distance", 128),
+             seq_len=("n_positions", 512), norm_eps=("layer_norm_epsilon", 1e-6), start_token=("decoder_start_token_id", 0),
+             act=("feed_forward_proj", "relu", T5_ACT), resid_dropout=("dropout_rate", 0.1)), {},
+        dict(arch="encdec", attn="mha", pos="t5", attn_scale=1.0),
+        _named({"shared": "embed", "lm_head": "head"}) + _t5_stack("encoder", "enc_", 1) + _t5_stack("decoder", "", 2),
+        [(_read_t5, _write_t5)], dict(is_decoder=(False,), is_encoder_decoder=(True,), tie_encoder_decoder=(None, False)),
+        ((r"^(encoder|decoder)\.embed_tokens\.", "shared."),), r"EncDecAttention\.relative_attention_bias"),
+}
+
+
+def _number(name, hf, key=None):
+    """hf[key] as the type of our field; null becomes 0, which with us is off or automatic."""
+    value, default = hf[key or name], ModelConfig.__dataclass_fields__[name].default
+    if value is not None and (not isinstance(value, (bool, int, float)) or isinstance(default, int) and value % 1):
+        raise UsageError(f"config.json has {key or name}={value!r}; expected a number such as {default}")
+    return type(default)(value or 0)
+
+
+def _fields(arch, config):
+    """{our field: value} of their config.json. Dropout stays off: an opened model computes what theirs does in evaluation."""
+    hf, ours = {key: usual for key, usual, *_ in arch.keys.values()} | arch.usual | config, dict(arch.fixed)
+    known = {key for key, *_ in arch.keys.values()}
+    for key, values in (ONLY | arch.only).items():
+        if key not in known and hf.get(key, values[0]) not in values:
+            raise UsageError(f"config.json has {key}={hf[key]!r}, which changes the maths and is not implemented; "
+                             f"it can be {values[0]!r}")
+    for name, (key, _, *choices) in arch.keys.items():
+        if choices and hf[key] not in choices[0] or name.startswith("res_") and not hf[key]:
+            raise UsageError(f"config.json has {key}={hf[key]!r}, which is not implemented; it can be "
+                             f"{', '.join(map(repr, choices[0] if choices else [1]))}")
+        ours[name] = choices[0][hf[key]] if choices else _number(name, hf, key)
+    ours["n_kv_head"] = ours.get("n_kv_head") or ours["n_head"]
+    for read, _ in arch.parts:
+        read(hf, ours)
+    return {name: value for name, value in ours.items() if not name.endswith("dropout")}
+
+
+def _described(arch, c):
+    """Their config.json of our fields, as old and new transformers read it. KeyError: a field without a place there."""
+    hf = dict(architectures=[arch.cls])
+    for name, (key, _, *choices) in arch.keys.items():
+        hf[key] = {ours: theirs for theirs, ours in reversed(choices[0].items())}[c[name]] if choices else c[name]
+        if name.endswith("softcap") and not c[name]:
+            hf[key] = None
+    for _, write in arch.parts:
+        write(c, hf)
+    return hf
+
+
+TRAINING = r".*_dropout|init_std|seed|tile|embed_grad_shrink|bias_lr"               # fields that do not change what is computed
+
+
+def _canonical(cfg):
+    """{field: value} with every automatic value worked out and without the fields that have no effect, so that two
+    configurations of one function are equal."""
+    c, plan = {name: getattr(cfg, name) for name in ModelConfig.__dataclass_fields__}, layer_plan(cfg)
+    kinds = {layer.attn for layer in plan}
+    alike = {"mha", "gqa", "mqa", "swa"}                         # one mixer: its heads and its window say the rest
+    heads = sorted({ATTENTION[layer.attn].kv_heads(cfg) for layer in plan if layer.attn in alike} or {cfg.n_head})
+    c |= dict(layers=[("swa" if layer.window else "gqa") if layer.attn in alike else layer.attn for layer in plan],
+              n_kv_head=heads[0], window=max(layer.window for layer in plan), head_dim=head_dim(cfg), d_ff=hidden_width(cfg),
+              attn_scale=cfg.attn_scale or head_dim(cfg) ** -0.5, n_enc_layer=cfg.n_enc_layer or cfg.n_layer,
+              lrpe_layers=min(cfg.lrpe_layers or cfg.n_layer, cfg.n_layer),
+              d_expert=cfg.d_expert or max(8, hidden_width(cfg) // (cfg.n_active + cfg.n_shared_expert) // 8 * 8),
+              tie_embeddings=cfg.tie_embeddings or cfg.headless, rope_original=cfg.rope_original or cfg.seq_len)
+    for factor in ("res_alpha", "res_beta") if cfg.norm_at != "deepnorm" else ():
+        linear, usual = any(ATTENTION[kind].recurrent for kind in kinds) and c[f"{factor}_linear"], c[factor] or 1.0
+        c |= {factor: usual, f"{factor}_linear": linear or usual, f"{factor}_mlp": c[f"{factor}_mlp"] or usual}
+    near = cfg.rope_local_theta if "swa" in kinds else cfg.rope_theta
+    c["rope_local_theta"] = near or (cfg.rope_theta if cfg.rope_scaling == "none" else 0.0)
+    scaling = {"rope_theta", "rope_local_theta", "rope_fraction", "rope_layout", "rope_scaling", *ROPE.get(cfg.rope_scaling, {})}
+    idle = {"attn": True, "n_kv_head": len(heads) > 1, "attn_scale": "mla" in kinds and not cfg.attn_scale,
+            "rope_.*": cfg.pos != "rope", "t5_.*": cfg.pos != "t5", "shaw_.*": cfg.pos != "shaw", "lrpe_.*": cfg.pos != "lrpe",
+            "norm_groups": cfg.norm != "group", "norm_share": cfg.norm != "prms", "feature_map": "linear" not in kinds,
+            "sparse_.*": not kinds & PATTERNS.keys(), "(q_lora|kv_lora|qk_nope|qk_rope|v_head).*": "mla" not in kinds,
+            "start_token|n_enc_layer": cfg.arch != "encdec", "d_ff": all(layer.moe for layer in plan),
+            "|".join(MoEConfig.__dataclass_fields__.keys() - {"moe"}): not any(layer.moe for layer in plan)}
+    idle = "|".join(pattern for pattern, off in idle.items() if off)
+    return {name: value for name, value in c.items() if not re.fullmatch(idle, name) and (name[:5] != "rope_" or name in scaling)}
+
+
+def _own(model):
+    """{our name: tensor}, parameters and buffers; a head that is the embedding only once."""
+    return {name: t for name, t in model.state_dict().items() if not (model.cfg.tie_embeddings and name == "head.weight")}
+
+
+def _pairs(arch, cfg, own):
+    """[(their name, our names, expert or None, how)] of all that is in `own`."""
+    pairs = []
+    for theirs, names, how, when in arch.names:
+        for i in range(max(cfg.n_layer, cfg.n_enc_layer) if "{i}" in theirs else 1):
+            sibling = f"{names[0].split('{i}')[0]}{i}.{when.lstrip('-')}.weight"
+            for suffix in ("", ".weight", ".bias") if not when or (sibling in own) == (when[0] != "-") else ():
+                ours = [name.format(i=i) + suffix for name in names]
+                if own.keys() >= set(ours):
+                    experts = range(len(own[ours[0]])) if "{e}" in theirs else (None,)
+                    pairs += [(theirs.format(i=i, e=e) + suffix, ours, e, how) for e in experts]
+    return pairs
+
+
+def _join(parts, how, K):
+    """Our tensors -> theirs."""
+    if how == "heads":
+        return torch.stack([part.unflatten(0, (-1, K)) for part in parts], 1).flatten(0, 2)
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return whole.T if how == "turned" and whole.ndim == 2 else whole[:, None] if how == "row" else whole
+
+
+def _split(whole, like, how, K):
+    """Their tensor -> ours, of the sizes of those in `like`."""
+    if how == "heads":
+        return [part.flatten(0, 1) for part in whole.unflatten(0, (-1, len(like), K)).unbind(1)]
+    whole = whole.T if how == "turned" and whole.ndim == 2 else whole[:, 0] if how == "row" else whole
+    return whole.split([len(part) for part in like]) if len(like) > 1 else [whole]
+
+
+def _heads(arch, fields, tensors):
+    """Which heads there are is said by the tensors. A head beside an embedding that it should be tied to, and other than it, is
+    a head of its own."""
+    if fields.get("arch") == "encoder":
+        mlm = any(name.startswith("cls.predictions.") for name in tensors)
+        fields |= dict(mlm_head=mlm, head_bias=mlm, headless=not mlm, pooler="bert.pooler.dense.weight" in tensors)
+    head, embed = (next(f"{row.theirs}.weight" for row in arch.names if row.ours == [name]) for name in ("head", "embed"))
+    if fields["tie_embeddings"] and head in tensors:
+        a, b = tensors[head], tensors.setdefault(embed, tensors[head])
+        fields["tie_embeddings"] = a.dtype == b.dtype and torch.equal(a, b)
+        if fields["tie_embeddings"]:
+            del tensors[head]
+    return fields
+
+
+IGNORED = r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|position_ids$"            # tables that old versions stored
+
+
 def from_pretrained(path, device="cpu", dtype=torch.float32):
-    """Open a Hugging Face folder (gpt2 or llama; safetensors, single or sharded), or one of our checkpoints or runs."""
+    """Open a Hugging Face folder (its model_type a key of CONVERT; safetensors, single or sharded), a checkpoint or a run."""
     path = Path(path)
     if (path / "manifest.json").is_file() or (path / "ckpt").is_dir():
         return _from_checkpoint(path, device, dtype)
     try:
-        hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if config.get("model_type") == "gemma3":                 # of a model that also sees, the part that reads
+            config = config["text_config"] | dict(model_type="gemma3_text",
+                                                  tie_word_embeddings=config.get("tie_word_embeddings", True))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(f"{path} is neither a checkpoint (no manifest.json) nor a Hugging Face folder (config.json: "
                          f"{error})") from None
-    if hf.get("model_type") not in CONVERT:
-        raise UsageError(f"{path}: model_type {hf.get('model_type')!r} is not known; these are: {list(CONVERT)}")
-    to_ours, read, *_ = CONVERT[hf["model_type"]]
+    arch = CONVERT.get(config.get("model_type"))
+    if arch is None:
+        raise UsageError(f"{path}: model_type {config.get('model_type')!r} is not known; these are: {list(CONVERT)}")
     try:
-        cfg = ModelConfig(**to_ours(hf))
-    except KeyError as error:
-        raise UsageError(f"{path}/config.json lacks the key {error}") from None
-    files = sorted(path.glob("*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        fields = _fields(arch, _one_spelling(config))
+    except (TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
+        raise UsageError(f"{path}/config.json holds a value of a strange type ({error}); compare it with one that "
+                         "transformers wrote") from None
+    tensors = _read_folder(path)                                 # where two names of one tensor are there, our tables' counts
+    tensors = {now: t for name, t in tensors.items() if (now := arch.renamed(name)) == name or now not in tensors}
+    return _fill(ModelConfig(**_heads(arch, fields, tensors)), tensors, path, device, dtype, arch)
+
+
+def _read_folder(path):
+    index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
+    if not files[0].is_file():
+        files = sorted(path.glob("*.safetensors"))
+        if index.is_file():
+            try:
+                files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(f"{index} does not say which file holds which tensor ({error!r}); copy it again") from None
     if not files:
         raise UsageError(f"{path} holds no .safetensors file; save it with save_pretrained(..., safe_serialization=True)")
     tensors = {}
@@ -457,44 +1603,47 @@ def from_pretrained(path, device="cpu", dtype=torch.float32):
         if not file.is_file():
             raise UsageError(f"{index} names {file.name}, which is missing; copy it beside the others")
         tensors |= dist.read_safetensors(file)
-    return _fill(cfg, lambda model: read(model, tensors), path, device, dtype)
+    return tensors
 
 
 def _from_checkpoint(path, device, dtype):
-    tensors, state, _ = dist.read_checkpoint(path) if (path / "manifest.json").is_file() else (
-        dist.newest_checkpoint(path / "ckpt") or _no_checkpoint(path))
-    fields = ModelConfig.__dataclass_fields__
-    cfg = ModelConfig(**{key: value for key, value in state["config"].items() if key in fields})
+    found = dist.read_checkpoint(path) if (path / "manifest.json").is_file() else dist.newest_checkpoint(path / "ckpt")
+    if found is None:
+        raise UsageError(f"{path}/ckpt holds no checkpoint yet; train for at least --save_every steps first")
+    tensors, state, _ = found
+    cfg = ModelConfig(**{key: value for key, value in state["config"].items() if key in ModelConfig.__dataclass_fields__})
     own = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    return _fill(cfg, lambda model: own, path, device, dtype)
+    if cfg.tie_embeddings:
+        own.pop("head.weight", None)
+    return _fill(cfg, own, path, device, dtype)
 
 
-def _no_checkpoint(path):
-    raise UsageError(f"{path}/ckpt holds no checkpoint yet; train for at least --save_every steps first")
+def _pick(own, names, e):
+    return [own[name] if e is None else own[name][e] for name in names]
 
 
-def _fill(cfg, read, path, device, dtype):
+def _fill(cfg, tensors, path, device, dtype, arch=None):
     """Build the model without memory, then give every parameter its tensor; list all that is missing, extra or misshapen."""
     model = meta_model(cfg)
-    own, given = dict(model.state_dict()), read(model)
-    if cfg.tie_embeddings:                                       # one tensor under two names: either will do
-        own.pop("head.weight")
-        if given.pop("lm_head.weight", given.pop("head.weight", None)) is not None and "embed.weight" not in given:
-            raise UsageError(f"{path}: the head is there, the embedding it is tied to is not")
-    wrong = [f"missing {n} {list(own[n].shape)}" for n in own if n not in given]
-    wrong += [f"unexpected {n} {list(given[n].shape)}" for n in given if n not in own]
-    wrong += [f"{n} is {list(given[n].shape)}, not {list(t.shape)}" for n, t in own.items() if n in given and given[n].shape != t.shape]
+    own, K = _own(model), head_dim(cfg)
+    pairs = {arch.renamed(theirs): rest for theirs, *rest in _pairs(arch, cfg, own)} if arch else {
+        name: ([name], None, "") for name in own}
+    shapes = {theirs: list(_join(_pick(own, names, e), how, K).shape) for theirs, (names, e, how) in pairs.items()}
+    found, ignored = {name: list(t.shape) for name, t in tensors.items()}, f"{IGNORED}|{arch.ignored}" if arch else "$^"
+    wrong = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in found]
+    wrong += [f"unexpected {name} {found[name]}" for name in found if name not in shapes and not re.search(ignored, name)]
+    wrong += [f"{name} is {found[name]}, not {shape}" for name, shape in shapes.items() if found.get(name, shape) != shape]
     if wrong:
         more = f"; {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise UsageError(f"{path} does not fit its configuration: {'; '.join(wrong[:20])}{more}")
-    model.to_empty(device=device)
+    own = _own(model.to_empty(device=device))
     with torch.no_grad():
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if name in given:
-                tensor.copy_(given[name])
-        for module in model.modules():
-            if isinstance(module, MoE):
-                module.count_E.zero_()
+        for buffer in model.buffers():
+            buffer.zero_()
+        for theirs, (names, e, how) in pairs.items():
+            goals = _pick(own, names, e)
+            for goal, part in zip(goals, _split(tensors[theirs], goals, how, K)):
+                goal.copy_(part)
     for p in model.parameters():
         p.data = p.data.to(dtype)                                # buffers (the router's bias) stay float32
     return model
@@ -502,46 +1651,84 @@ def _fill(cfg, read, path, device, dtype):
 
 def save_pretrained(model, path):
     """Write a folder that transformers opens with equal logits (config.json, model.safetensors)."""
-    cfg, path = model.cfg, Path(path)
-    misfits = {}
-    for model_type, (_, _, write, describe, fits) in CONVERT.items():
-        misfits[model_type] = [key for key, good in fits(cfg).items() if not good]
-        if not misfits[model_type]:
+    cfg, path, own, misfits = model.cfg, Path(path), _own(model), {}
+    c, parameters = _canonical(cfg), {name for name, _ in model.named_parameters()}
+    same = lambda x, y: x == y or isinstance(x, float) and isinstance(y, (int, float)) and math.isclose(x, y, rel_tol=1e-9)
+    for kind, arch in CONVERT.items():
+        pairs = _pairs(arch, cfg, own)
+        wrong = ["n_embd / n_head"] * (arch.whole_heads and cfg.n_embd % cfg.n_head > 0)
+        wrong += [name for name, value in (dict(moe=False) | arch.fixed).items() if name in c and c[name] != value]
+        try:
+            hf = _described(arch, c)
+            fields = _fields(arch, _one_spelling(hf))
+            fields = _heads(arch, fields, {arch.renamed(theirs): own[names[0]] for theirs, names, *_ in pairs})
+            back = _canonical(ModelConfig(**fields))
+            wrong += [name for name in sorted(c.keys() | back.keys()) if not re.fullmatch(TRAINING, name)
+                      and not same(c.get(name), back.get(name))]
+        except (KeyError, UsageError) as error:
+            wrong.append(str(error.args[0]))
+        lost = own.keys() - {name for _, names, *_ in pairs for name in names}
+        misfits[kind] = list(dict.fromkeys(wrong)) or [name for name in lost if name in parameters or own[name].any()]
+        if not misfits[kind]:
             break
     else:
-        raise UsageError(f"no Hugging Face architecture fits this model: {misfits} differ")
-    own = {name: p.detach() for name, p in model.named_parameters()}
-    tensors = {name: t.contiguous() for name, t in write(model, own).items()}
-    dtype = next(iter(own.values())).dtype
+        nearest = sorted(misfits, key=lambda kind: len(misfits[kind]))[:3]
+        raise UsageError("no Hugging Face architecture fits this model; what differs from the nearest: "
+                         + "; ".join(f"{kind}: {', '.join(misfits[kind])}" for kind in nearest))
     path.mkdir(parents=True, exist_ok=True)
+    tensors = {theirs: _join(_pick(own, names, e), how, head_dim(cfg)).contiguous() for theirs, names, e, how in pairs}
     dist.write_safetensors(path / "model.safetensors", tensors, {"format": "pt"})
+    common = dict(model_type=kind, torch_dtype=str(model.embed.weight.dtype)[6:], bos_token_id=None, eos_token_id=None,
+                  pad_token_id=None)
     with atomic_write(path / "config.json", "w") as file:
-        common = dict(model_type=model_type, vocab_size=cfg.vocab_size, tie_word_embeddings=cfg.tie_embeddings,
-                      dtype=str(dtype)[6:], bos_token_id=None, eos_token_id=None)
-        json.dump(describe(cfg) | common, file, indent=1)
+        json.dump(common | hf, file, indent=1)
 
 
-# ---- Demo ----
+# ---- Demo and command line ----
 
-def demo(argv):
-    if argv:
-        raise UsageError(f"model.py takes no arguments, not {' '.join(argv)}")
-    print(f"{'':24s} {'parameters':>13s} {'active':>13s} {'FLOPs/token':>12s} {'cache B/token':>14s}   by component")
-    fields = ModelConfig.__dataclass_fields__
-    cases = {"default": {}, "default --attn=mla": dict(attn="mla"), "default --moe": dict(moe=True),
-             **{f"--preset={name}": preset | dict(vocab_size=50257) for name, preset in PRESETS.items()}}
+def demo():
+    print(f"{'':26s}{'parameters':>11s}{'active':>8s}{'FLOP a token':>15s}{'cache of seq_len':>18s}   by component")
+    cases = {"default": {}, "default --attn=mla": dict(attn="mla"), "default --attn=lightning": dict(attn="lightning"),
+             "default --moe": dict(moe=True)}
+    cases |= {f"--preset={name}": dict(vocab_size=50257) | preset for name, preset in PRESETS.items()}
     for name, flags in cases.items():
-        model = meta_model(ModelConfig(**{key: value for key, value in flags.items() if key in fields}))
-        kept = sum(2 * block.attn.cache_width for block in model.blocks)
-        print(f"{name:24s} {sum(p.numel() for p in model.parameters()):13,} {active_parameters(model):13,} "
-              f"{flops_per_token(model, model.cfg.seq_len):12.3e} {kept:14,}   "
-              + ", ".join(f"{kind} {count / 1e6:.1f}M" for kind, count in parameter_table(model).items()))
-    torch.manual_seed(0)
+        model = meta_model(ModelConfig(**{key: flags[key] for key in flags if key in ModelConfig.__dataclass_fields__}))
+        T, table, active = model.cfg.seq_len, parameter_table(model), active_parameters(model)
+        print(f"{name:26s}{human(sum(table.values())):>11s}{human(active):>8s}{human(flops_per_token(model, T), 'FLOP'):>15s}"
+              f"{human(cache_bytes(model, T), 'B'):>18s}   " + ", ".join(f"{part} {human(n)}" for part, n in table.items()))
     model = Model(ModelConfig(vocab_size=64, n_layer=2, n_embd=64, n_head=2))
     out = model.generate(torch.tensor([[1, 2, 3]]), 8)
     full = model(out[:, :-1])[:, 2:].argmax(-1)
     print(f"\nuntrained 2-layer model continues 1 2 3 with {out[0, 3:].tolist()}; without a cache {full[0].tolist()}")
 
 
+def main(argv):
+    if not argv:
+        return demo()
+    parser = Parser(prog="model.py", usage="model.py [folder] [--describe] [--draw=FILE.svg] [--preset=NAME] [--flag=value ...]",
+                    description="What a model costs and what it looks like; nothing is trained and no weights are made.")
+    parser.add_argument("folder", nargs="?", default="", help="a Hugging Face folder, or a checkpoint or run of ours")
+    parser.add_argument("--describe", action="store_true", help="print what it costs (without --draw: always)")
+    parser.add_argument("--draw", metavar="FILE.svg", default="", help="write a picture, every tensor to scale")
+    parser.add_argument("--preset", choices=list(PRESETS), help="many flags at once; other flags override it")
+    add_flags(parser, [Path(__file__).with_name(f"{name}.py") for name in ("kernels", "attention", "moe", "model")])
+    typed = vars(parser.parse_args(argv))
+    folder, describing, file, preset = (typed.pop(name) for name in ("folder", "describe", "draw", "preset"))
+    more = [f"--{name}" for name in typed if name != "seq_len"] + [f"--preset={preset}"] * bool(preset)
+    if folder and more:
+        raise UsageError(f"{folder} says itself what model it holds; leave out {', '.join(more)}")
+    if file and not file.endswith(".svg"):
+        raise UsageError(f"--draw={file}: an SVG is written; use a name such as --draw={Path(file).stem}.svg")
+    flags = PRESETS.get(preset, {}) | typed
+    cfg = ModelConfig(**{name: value for name, value in flags.items() if name in ModelConfig.__dataclass_fields__})
+    model = from_pretrained(folder, "meta") if folder else meta_model(cfg)
+    if describing or not file:
+        print(describe(model, typed.get("seq_len", 0)))
+    if file:
+        with atomic_write(file, "w") as out:
+            out.write(draw(model))
+        print(f"{file}: open it in a browser; the pointer on a tensor shows its full name")
+
+
 if __name__ == "__main__":
-    run_cli(demo)
+    run_cli(main)

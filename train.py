@@ -100,6 +100,7 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
     temperature: float = 0.8       # sample: 0 takes the likeliest token
     top_k: int = 50                # sample: choose among the k likeliest; 0 means all
     top_p: float = 1.0             # sample: choose among the fewest tokens that reach this probability
+    repetition_penalty: float = 1.0  # sample: above 1 makes tokens that were there already less likely
     bench: bool = False            # time training steps on random tokens, and stop
     bench_peer: str = ""           # bench: a nanoGPT checkout to time beside, step by step
 
@@ -140,6 +141,7 @@ def learning_rate(cfg, step):
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")      # flag --dtype
 OBJECTIVES = ("clm",)                                    # flag --objective
+READS = {"clm": ("decoder", "prefix")}                   # the architectures that an objective can train
 
 
 def compute_dtype(cfg, device):
@@ -225,7 +227,8 @@ def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_to
     generator = torch.Generator(device).manual_seed(seed)
     eager = torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()      # lengths change
     with autocast(device, dtype), eager:
-        out = model.generate(tokens_BT, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator)
+        out = model.generate(tokens_BT, max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+                             repetition_penalty=cfg.repetition_penalty, generator=generator, stop=[eot])
     texts = []
     for ids in out[:, 1:].tolist():
         stop = next((i for i, token in enumerate(ids) if token == eot or token >= tok.n_vocab), len(ids))
@@ -236,7 +239,7 @@ def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_to
 # ---- Run folder (config, log, checkpoints) ----
 
 FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
-                  "top_k", "top_p", "bench", "bench_peer", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
+                  "top_k", "top_p", "repetition_penalty", "bench", "bench_peer", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
                   "micro_batch", "device", "dp", "timeout", "kernels", "compile", "steps", "cache_dir", "preset"}
 OURS = ("config.json", "log.jsonl", "report.html", "tokenizer", "ckpt", "data")
 
@@ -304,6 +307,11 @@ def check_ranges(cfg):
     if cfg.subword_alpha and not (cfg.tokenizer or cfg.init_from or cfg.resume):
         raise UsageError("--subword_alpha samples Unigram tokenizers, and the one trained here is BPE; use --bpe_dropout=0.1, or name "
                          "a Unigram one with --tokenizer")
+    if cfg.repetition_penalty <= 0:
+        raise UsageError(f"--repetition_penalty={cfg.repetition_penalty} must be above 0; 1 leaves the model as it is, for example 1.2")
+    if cfg.arch not in READS[cfg.objective]:
+        raise UsageError(f"--objective={cfg.objective} predicts each next token, which --arch={cfg.arch} is shown or does not predict; "
+                         f"use one of {[f'--arch={arch}' for arch in READS[cfg.objective]]}")
     if cfg.dtype == "float16":
         raise UsageError("--dtype=float16 needs loss scaling (and is slower than float32 on a CPU); use bfloat16 or float32")
 
@@ -592,6 +600,10 @@ def model_flags_of(cfg, typed):
     shape = {f.name: getattr(source.cfg, f.name) for f in dataclasses.fields(ModelConfig) if f.name not in ("seed", "seq_len")}
     if source.cfg.pos == "learned" and "seq_len" not in typed:
         shape["seq_len"] = source.cfg.seq_len
+    if source.cfg.arch not in READS[cfg.objective] or source.cfg.headless:
+        raise UsageError(f"{cfg.init_from} holds an {source.cfg.arch}{' without a head' * source.cfg.headless}, which --objective={cfg.objective} does not train; "
+                         f"use weights of a decoder")
+    shape |= model_lib.pinned(source.cfg)                        # what seq_len says by default stays as it was
     for name, value in shape.items():
         if name in typed and typed[name] != value and "dropout" not in name and name != "bias_lr":
             raise UsageError(f"--{name}={typed[name]}, but the weights in {cfg.init_from} have {value}; leave --{name} out")
@@ -606,7 +618,7 @@ def compiled_step(model, cfg, world):
     if cfg.compile and world.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         world.print("compile: no C++ compiler (g++) on this machine, so the blocks run eagerly")
     elif cfg.compile:
-        for block in model.blocks:
+        for block in [*model.enc_blocks, *model.blocks]:
             block.compile()
     return dist.parallelize(model, world)
 
