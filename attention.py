@@ -471,15 +471,7 @@ def seen_keys(cfg, layer, this, q_T1, k_1S):
     if plain and (not this.causal or T == 1 or not this.past):
         return None
     see = (k_1S <= q_T1) if this.causal else torch.ones(T, S, dtype=torch.bool, device=k_1S.device)
-    if layer.window:
-        see = see & ((q_T1 - k_1S).abs() < layer.window)                       # w keys, one's own among them
     see = see[None, None]
-    if layer.attn in PATTERNS:                                   # patterns count places inside a document
-        place_BS = places_in_documents(this.doc_BS, keys, k_1S.device)
-        head_H11 = torch.arange(cfg.n_head, device=k_1S.device)[:, None, None]
-        stride, width = sparse_sizes(cfg)
-        q_B1T1, k_B11S = place_BS[:, None, this.past:, None], place_BS[:, None, None, keys - S:]
-        see = see & PATTERNS[layer.attn](q_B1T1, k_B11S, head_H11, stride, width)
     if this.prefix_B is not None:
         prefix_B111 = this.prefix_B[:, None, None, None]
         see = see | (q_T1 < prefix_B111) & (k_1S < prefix_B111)
@@ -487,6 +479,15 @@ def seen_keys(cfg, layer, this, q_T1, k_1S):
         image_BS = this.image_BS[:, keys - S:]
         q_B1T1, k_B11S = image_BS[:, None, -T:, None], image_BS[:, None, None]
         see = see | (q_B1T1 == k_B11S) & (q_B1T1 > 0)
+    if layer.window:                                             # w keys, one's own among them; it bounds the past of images too
+        away_TS = q_T1 - k_1S
+        see = see & ((away_TS if this.causal else away_TS.abs()) < layer.window)
+    if layer.attn in PATTERNS:                                   # patterns count places inside a document
+        place_BS = places_in_documents(this.doc_BS, keys, k_1S.device)
+        head_H11 = torch.arange(cfg.n_head, device=k_1S.device)[:, None, None]
+        stride, width = sparse_sizes(cfg)
+        q_B1T1, k_B11S = place_BS[:, None, this.past:, None], place_BS[:, None, None, keys - S:]
+        see = see & PATTERNS[layer.attn](q_B1T1, k_B11S, head_H11, stride, width)
     if this.doc_BS is not None:
         doc_BS = this.doc_BS[:, keys - S:]
         see = see & (doc_BS[:, None, -T:, None] == doc_BS[:, None, None])

@@ -177,15 +177,89 @@ def test_bert_without_a_head(tmp_path):
 
 @pytest.mark.peer
 def test_the_text_part_of_a_gemma3_that_sees(tmp_path):
+    """Its vision tower stays theirs: what that makes of a picture goes into our model as a block that sees itself both ways."""
     hf = pytest.importorskip("transformers")
-    text = DECODER | dict(head_dim=8, sliding_window=3)
+    text = DECODER | dict(head_dim=8, sliding_window=3, num_hidden_layers=7)
     vision = dict(model_type="siglip_vision_model", hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     net = opened_by_transformers(hf, "Gemma3ForConditionalGeneration", config=dict(
         text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=28, boi_token_index=27, eoi_token_index=26))
     randomise(net, True)
     net.save_pretrained(tmp_path / "hf")
-    tokens = torch.randint(25, (2, 11))
-    torch.testing.assert_close(M.from_pretrained(tmp_path / "hf").eval()(tokens), net(input_ids=tokens).logits, rtol=1e-5, atol=1e-5)
+    ours, tokens, pixels = M.from_pretrained(tmp_path / "hf").eval(), torch.randint(25, (2, 19)), torch.randn(4, 3, 28, 28)
+    torch.testing.assert_close(ours(tokens), net(input_ids=tokens).logits, rtol=1e-5, atol=1e-5)
+    image = torch.tensor([[0] * 3 + [1] * 4 + [0] * 3 + [2] * 4 + [0] * 5, [0] * 5 + [1] * 4 + [0] + [2] * 4 + [0] * 5])
+    tokens[image > 0] = 28
+    seen = net.model.get_image_features(pixels)
+    seen = seen if isinstance(seen, torch.Tensor) else seen.pooler_output
+    embeds = torch.zeros(2, 19, 24).masked_scatter((image > 0)[..., None], seen)
+    want = net(input_ids=tokens, pixel_values=pixels, token_type_ids=(image > 0).long(), use_cache=False).logits
+    torch.testing.assert_close(ours(tokens, image=image, embeds=embeds), want, rtol=1e-5, atol=3e-5)
+
+
+# ---- Golden logits: what transformers says, for a run without it ----
+
+MORE = dict(vocab_size=11, n_layer=2, n_embd=16, n_head=4, d_ff=20, seq_len=32)
+PRE = dict(norm_eps=1e-5, tie_embeddings=False, n_kv_head=2, attn="gqa")
+GEMMA = dict(attn="gqa", n_kv_head=2, norm_at="sandwich", norm_one_plus=True, embed_scale=True, act="geglu_tanh", head_dim=6, attn_scale=0.5)
+GLM4 = dict(PRE, qkv_bias=True, rope_layout="interleaved", rope_fraction=0.5, head_dim=8, norm_at="sandwich")
+GOLDEN = {       # class in transformers: our fields, logits of the last token
+    "GPT2LMHeadModel": (dict(norm="layer", act="gelu_tanh", pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True, norm_eps=1e-5),
+        [-2.933608, -4.81012, 0.980652, 5.208274, 1.133958, -4.747876, -3.061642, 3.50482, 4.484632, -1.684015, -5.16836]),
+    "LlamaForCausalLM": (dict(PRE, rope_theta=500.0, rope_scaling="llama3", rope_factor=4.0, rope_original=8),
+        [-0.21485, 1.138012, 0.676894, -0.863186, -1.027356, 0.44607, 1.208465, 0.044579, -1.190365, -0.527879, 0.976041]),
+    "MistralForCausalLM": (dict(PRE, window=3, layers="swa", head_dim=6),
+        [-0.297544, 0.003891, 0.299124, 0.117556, -0.251395, -0.219625, 0.162225, 0.28549, -0.046313, -0.304294, -0.077233]),
+    "Qwen2ForCausalLM": (dict(PRE, qkv_bias=True),
+        [0.286093, 1.556883, 0.346017, -1.416396, -0.921087, 1.042426, 1.344322, -0.496618, -1.545954, -0.131054, 1.492745]),
+    "Qwen3ForCausalLM": (dict(PRE, qk_norm="head", head_dim=8),
+        [-0.209122, 0.861192, 0.558775, -0.634324, -0.816317, 0.302892, 0.939294, 0.07847, -0.907434, -0.446898, 0.725989]),
+    "Olmo2ForCausalLM": (dict(PRE, qk_norm="width", norm_at="branch_post"),
+        [-0.63278, 1.118846, 1.087043, -0.677496, -1.362113, 0.124465, 1.412647, 0.449083, -1.230315, -0.948603, 0.845173]),
+    "Gemma2ForCausalLM": (dict(GEMMA, layers="swa,gqa", window=3, attn_softcap=2.0, logit_softcap=3.0),
+        [-1.861857, 1.681102, 2.263298, -0.690013, -2.377648, -0.602457, 2.27921, 1.627743, -1.903328, -2.166033, 1.084484]),
+    "Gemma3ForCausalLM": (dict(GEMMA, layers="swa,gqa", window=3, qk_norm="head", rope_local_theta=50.0, rope_scaling="linear", rope_factor=8.0),
+        [-1.575937, 0.29217, 1.694561, 0.395838, -1.533846, -1.018595, 1.120287, 1.473442, -0.522055, -1.685402, -0.162235]),
+    "GlmForCausalLM": (dict(GLM4, norm_at="pre"),
+        [-0.263125, 0.419018, 0.43325, -0.243114, -0.531957, 0.027135, 0.542974, 0.193318, -0.464485, -0.381904, 0.309428]),
+    "Glm4ForCausalLM": (GLM4,
+        [-0.497359, 0.273553, 0.608424, -0.026527, -0.619195, -0.224872, 0.527894, 0.439202, -0.349574, -0.581132, 0.113629]),
+    "MiniMaxForCausalLM": (dict(PRE, layers="lightning,gqa", norm_at="prenorm_residual", res_alpha=1.5, res_beta_mlp=0.5, moe=True, router="softmax", n_expert=3, n_shared_expert=0, n_dense_layer=0),
+        [-1.548099, 2.920969, 2.734041, -1.810922, -3.469293, 0.402355, 3.632653, 1.072537, -3.197193, -2.370629, 2.234694]),
+    "BertForMaskedLM": (dict(arch="encoder", norm="layer", norm_at="post", pos="learned", embed_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True, act="gelu", mlm_head=True, head_bias=True, n_token_type=2),
+        [0.148817, 1.521657, 0.847422, -0.731924, -0.841285, 0.408644, 0.731871, -0.550952, -1.352462, -0.165837, 1.425539]),
+    "T5ForConditionalGeneration": (dict(arch="encdec", pos="t5", attn_scale=1.0, act="relu", logit_scale=16**-0.5, n_enc_layer=3),
+        [-0.302654, 0.160073, 0.367645, -0.010805, -0.372032, -0.140244, 0.315092, 0.268174, -0.206211, -0.351897, 0.063337]),
+}
+TEXT = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
+
+
+def golden_folder(cls, path):
+    """Weights sin(0.7 i + number of the tensor), gains around one, under the names that save_pretrained gives."""
+    M.save_pretrained(Model(ModelConfig(**MORE | GOLDEN[cls][0])), path)
+    tensors, file = {}, path / "model.safetensors"
+    for number, (name, t) in enumerate(sorted(dist.read_safetensors(file).items())):
+        wave = torch.sin(0.7 * torch.arange(t.numel(), dtype=torch.float64) + number).float().reshape(t.shape)
+        gain = t.ndim == 1 and name.endswith("weight") and not cls.startswith("Gemma")
+        tensors[name] = 1 + 0.2 * wave if gain else 0.4 * wave
+    dist.write_safetensors(file, tensors, {"format": "pt"})
+    assert json.loads((path / "config.json").read_text())["architectures"] == [cls]
+    return path
+
+
+@pytest.mark.parametrize("cls", GOLDEN)
+def test_golden_logits(cls, tmp_path):
+    texts = (TEXT, TEXT) if cls.startswith("T5") else (TEXT,)
+    logits = M.from_pretrained(golden_folder(cls, tmp_path / "hf")).eval()(*texts)[0, -1]
+    torch.testing.assert_close(logits, torch.tensor(GOLDEN[cls][1]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("cls", GOLDEN)
+def test_golden_logits_come_from_transformers(cls, tmp_path):
+    hf = pytest.importorskip("transformers")
+    net = opened_by_transformers(hf, cls, golden_folder(cls, tmp_path / "hf"))
+    logits = net(TEXT, **(dict(decoder_input_ids=TEXT) if cls.startswith("T5") else {})).logits[0, -1].detach()
+    torch.testing.assert_close(logits, torch.tensor(GOLDEN[cls][1]), rtol=1e-5, atol=1e-5)
 
 
 # ---- TransNormerLLM: transformers does not have it, so the released model file's equations, one token and head at a time ----
