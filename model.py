@@ -1453,10 +1453,10 @@ def _fields(arch, config):
         if key not in known and hf.get(key, values[0]) not in values:
             raise UsageError(f"config.json has {key}={hf[key]!r}, which changes the maths and is not implemented; "
                              f"it can be {values[0]!r}")
-    for name, (key, _, *choices) in arch.keys.items():
-        if choices and hf[key] not in choices[0] or name.startswith("res_") and not hf[key]:
+    for name, (key, usual, *choices) in arch.keys.items():
+        if choices and hf[key] not in choices[0] or re.match("res_|rope_local", name) and not hf[key]:
             raise UsageError(f"config.json has {key}={hf[key]!r}, which is not implemented; it can be "
-                             f"{', '.join(map(repr, choices[0] if choices else [1]))}")
+                             f"{', '.join(map(repr, choices[0] if choices else [usual]))}")
         ours[name] = choices[0][hf[key]] if choices else _number(name, hf, key)
     ours["n_kv_head"] = ours.get("n_kv_head") or ours["n_head"]
     for read, _ in arch.parts:
@@ -1562,7 +1562,8 @@ IGNORED = r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|position_ids$"        
 
 
 def from_pretrained(path, device="cpu", dtype=torch.float32):
-    """Open a Hugging Face folder (its model_type a key of CONVERT; safetensors, single or sharded), a checkpoint or a run."""
+    """Open a Hugging Face folder (its model_type a key of CONVERT; safetensors, single or sharded), a checkpoint or a run.
+    On device "meta" for its shapes alone, and then config.json is enough."""
     path = Path(path)
     if (path / "manifest.json").is_file() or (path / "ckpt").is_dir():
         return _from_checkpoint(path, device, dtype)
@@ -1582,6 +1583,8 @@ def from_pretrained(path, device="cpu", dtype=torch.float32):
     except (TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
         raise UsageError(f"{path}/config.json holds a value of a strange type ({error}); compare it with one that "
                          "transformers wrote") from None
+    if torch.device(device).type == "meta" and not any(path.glob("*.safetensors")):
+        return meta_model(ModelConfig(**_heads(arch, fields, {})))                   # shapes need no weights
     tensors = _read_folder(path)                                 # where two names of one tensor are there, our tables' counts
     tensors = {now: t for name, t in tensors.items() if (now := arch.renamed(name)) == name or now not in tensors}
     return _fill(ModelConfig(**_heads(arch, fields, tensors)), tensors, path, device, dtype, arch)

@@ -113,7 +113,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             w = self.shared
             y_MD = y_MD + F.linear(F.silu(F.linear(x_MD, w.w_gate[0])) * F.linear(x_MD, w.w_up[0]), w.w_down[0])
-        return y_MD.view_as(x_BTD)
+        return y_MD.to(x_BTD.dtype).view_as(x_BTD)
 
 
 # ---- Balance (once per optimizer step) ----

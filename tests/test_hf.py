@@ -348,6 +348,7 @@ def test_saved_folders_open_again(kind, tmp_path):
     half = M.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
     M.save_pretrained(half, tmp_path / "half")
     assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert half(*texts).dtype == torch.bfloat16 and (half(*texts).float() - model(*texts)).norm() < 0.05 * model(*texts).norm()
     state = M.from_pretrained(tmp_path / "half", dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(state[name], t) and (t.dtype == torch.bfloat16 or "bias_E" in name) for name, t in half.state_dict().items())
 
@@ -359,6 +360,7 @@ def test_saved_folders_open_again(kind, tmp_path):
     ("llama", dict(num_hidden_layers=1.5), "num_hidden_layers=1.5"), ("llama", dict(rope_scaling=7), "strange type"),
     ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights=False"), ("gpt2", dict(add_cross_attention=True), "add_cross_attention"),
     ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention"), ("gemma3_text", dict(sliding_window=None), "sliding_window"),
+    ("gemma3_text", dict(rope_local_base_freq=0), "rope_local_base_freq"),
     ("gemma3_text", dict(attn_logit_softcapping=50.0), "attn_logit_softcapping"), ("gemma3_text", dict(layer_types=["full_attention"]), "layer_types"),
     ("gemma3_text", dict(rope_parameters=dict(sliding_attention=dict(rope_type="linear", factor=2.0))), "sliding layers"),
     ("qwen2", dict(layer_types=["full_attention", "chunked_attention"]), "chunked_attention"), ("bert", dict(is_decoder=True), "is_decoder"),
@@ -368,6 +370,19 @@ def test_saved_folders_open_again(kind, tmp_path):
 def test_keys_that_change_the_maths_are_refused(kind, change, says, tmp_path):
     with pytest.raises(UsageError, match=says):
         M.from_pretrained(folder(tmp_path / "hf", kind, change))
+
+
+def test_every_key_of_rope_scaling_arrives():
+    yarn = dict(rope_type="yarn", factor=3.0, original_max_position_embeddings=7, beta_fast=9.0, beta_slow=2.0, truncate=False,
+                attention_factor=1.2, mscale=0.5, mscale_all_dim=0.7)
+    llama3 = dict(rope_type="llama3", factor=3.0, original_max_position_embeddings=7, low_freq_factor=2.0, high_freq_factor=5.0)
+    for rope, want in ((yarn, [3.0, 7, 9.0, 2.0, False, 1.2, 0.5, 0.7]), (llama3, [3.0, 7, 2.0, 5.0])):
+        fields = M._fields(M.CONVERT["llama"], M._one_spelling(dict(rope_scaling=rope, rope_theta=500.0)))
+        assert [fields[name] for name in M.ROPE[rope["rope_type"]]] == want and fields["rope_theta"] == 500.0
+        back = M._described(M.CONVERT["llama"], M._canonical(ModelConfig(**fields)))
+        assert back["rope_scaling"] == rope and back["rope_theta"] == 500.0
+    longer = dict(max_position_embeddings=64, rope_scaling=dict(type="yarn", factor=None, original_max_position_embeddings=16))
+    assert M._fields(M.CONVERT["qwen3"], M._one_spelling(longer))["rope_factor"] == 4.0
 
 
 def test_all_that_does_not_fit_is_listed_by_its_name_on_disk(tmp_path):
@@ -407,6 +422,7 @@ def test_other_names_on_disk(tmp_path):
     own_head, before, texts = rewritten("llama", lambda t: t | {"lm_head.weight": -t["model.embed_tokens.weight"]})
     assert not own_head.cfg.tie_embeddings                       # as transformers 5: a head of its own, whatever the configuration says
     torch.testing.assert_close(own_head(*texts), -before(*texts))
+    assert M.from_pretrained(folder(tmp_path / "started", "t5", dict(decoder_start_token_id=3))).cfg.start_token == 3
     no_head, before, texts = rewritten("bert", lambda t: {name.removeprefix("bert."): x for name, x in t.items() if name[:4] != "cls."})
     assert no_head.cfg.headless and no_head(*texts).shape == (1, 9, 24)
 
@@ -414,6 +430,8 @@ def test_other_names_on_disk(tmp_path):
 @pytest.mark.parametrize("fields, says", [
     (dict(attn="mla"), "layers"), (dict(pos="alibi"), "pos"), (dict(moe=True), "moe"), (dict(attn_gate=True), "attn_gate"), (dict(arch="prefix"), "arch"),
     (dict(rope_scaling="ntk", rope_factor=2.0), "ntk"), (dict(norm="group"), "norm"), (dict(layers="swa*3,mha", window=4, n_layer=4), "layers"),
+    (dict(layers="swa,gqa", window=4, qkv_bias=True), "n_kv_head"),
+    (KINDS["gemma3_text"] | dict(rope_scaling="linear", rope_factor=2.0, rope_local_theta=0.0), "rope_local_base_freq"),     # its local table is plain
 ])
 def test_what_no_architecture_has_is_named(fields, says, tmp_path):
     with pytest.raises(UsageError, match=f"no Hugging Face architecture.*{says}"):

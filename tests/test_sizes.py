@@ -365,3 +365,6 @@ def test_a_folder_describes_itself(tmp_path, capsys):
     M.main([str(tmp_path), "--seq_len=20"])
     out = capsys.readouterr().out
     assert "decoder of 2 blocks, 16 wide, 2 heads, vocabulary 53, 20 tokens" in out
+    (tmp_path / "model.safetensors").unlink()                    # config.json is enough
+    M.main([str(tmp_path), "--seq_len=20"])
+    assert capsys.readouterr().out == out
