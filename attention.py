@@ -1141,16 +1141,16 @@ def demo():
               f"   to {(got - want).abs().max():.0e}")
 
 
-def bench():
+def bench(shapes=((12, 256, 6, 64), (4, 1024, 6, 64))):
     """Both paths of `attend` on this machine: forward and backward, milliseconds, documents of about 200 tokens."""
     from kernels import best_ms
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for B, T, H, K in ((12, 256, 6, 64), (4, 1024, 6, 64)):
+    for B, T, H, K in shapes:
         for dtype in (torch.float32, torch.bfloat16):
             q, k, v = (torch.randn(B, T, H, K, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
             doc_ids = (torch.rand(B, T, device=device) < 1 / 200).cumsum(1)
             cfg = AttentionConfig(n_head=H, head_dim=K, pos="none")
-            added = Places(cfg, Layer(0, "mha"), Pass(torch.arange(T, device=device)[None], doc_BS=doc_ids)).added(dtype)
+            added = Places(cfg, Layer(0, "mha"), Pass(torch.arange(T, device=device)[None], doc_BS=doc_ids, dtype=dtype)).added
 
             def products():
                 qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))

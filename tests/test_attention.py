@@ -288,3 +288,8 @@ def test_impossible_shapes_are_refused(fields, says):
 def test_odd_rotary_width_is_refused():
     with pytest.raises(UsageError, match="even"):
         build(head_dim=5, n_head=4)[3](0, 3)
+
+
+def test_bench_times_both_paths(capsys):
+    A.bench(((1, 8, 2, 4),))
+    assert capsys.readouterr().out.count("ratio") == 2
