@@ -93,6 +93,27 @@ PRESETS = {                        # flag --preset: many flags at once, later fl
                  pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True, lr=6e-4),
     "llama": dict(n_layer=12, n_head=12, n_embd=768, n_kv_head=4, attn="gqa", d_ff=2048, seq_len=1024, norm="rms",
                   norm_eps=1e-5, act="swiglu", pos="rope", tie_embeddings=False, lr=6e-4),
+    "mistral": dict(n_layer=32, n_head=32, n_embd=4096, n_kv_head=8, attn="swa", window=4096, d_ff=14336, seq_len=8192, norm_eps=1e-5,
+                    tie_embeddings=False, vocab_size=32000, lr=3e-4),                                  # 7B v0.1
+    "deepseek-llm": dict(n_layer=30, n_head=32, n_embd=4096, d_ff=11008, seq_len=4096, tie_embeddings=False, vocab_size=102400,
+                         lr=4.2e-4),                                                                   # 7B
+    "qwen3": dict(n_layer=28, n_head=16, n_embd=1024, head_dim=128, n_kv_head=8, attn="gqa", d_ff=3072, seq_len=4096, qk_norm="head",
+                  rope_theta=1e6, vocab_size=151936, lr=3e-4),                                         # 0.6B
+    "olmo2": dict(n_layer=16, n_head=16, n_embd=2048, d_ff=8192, seq_len=4096, qk_norm="width", norm_at="branch_post", rope_theta=5e5,
+                  tie_embeddings=False, vocab_size=100352, lr=4e-4),                                   # 1B
+    "gemma3": dict(n_layer=26, n_head=4, n_embd=1152, head_dim=256, n_kv_head=1, layers="swa*5,gqa", window=512, d_ff=6912, seq_len=8192,
+                   norm_at="sandwich", norm_one_plus=True, embed_scale=True, qk_norm="head", act="geglu_tanh", rope_theta=1e6,
+                   rope_local_theta=1e4, vocab_size=262144, lr=3e-4),                                  # 1B
+    "glm4": dict(n_layer=40, n_head=32, n_embd=4096, n_kv_head=2, attn="gqa", head_dim=128, d_ff=13696, seq_len=8192, qkv_bias=True,
+                 rope_fraction=0.5, rope_layout="interleaved", norm_at="sandwich", norm_eps=1e-5, tie_embeddings=False,
+                 vocab_size=151552, lr=3e-4),                                                          # 9B of April 2025
+    "t5": dict(arch="encdec", n_layer=12, n_head=12, n_embd=768, head_dim=64, d_ff=2048, pos="t5", attn_scale=1.0, act="geglu_tanh",
+               seq_len=512, tie_embeddings=False, vocab_size=32128, lr=1e-3),                          # 1.1 base
+    "bert": dict(arch="encoder", n_layer=12, n_head=12, n_embd=768, seq_len=512, norm="layer", norm_at="post", norm_eps=1e-12, act="gelu",
+                 pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True, embed_norm=True, n_token_type=2, mlm_head=True,
+                 head_bias=True, vocab_size=30522, lr=1e-4),                                           # base
+    "transnormer": dict(n_layer=12, n_head=12, n_embd=768, d_ff=2048, attn="transnormer", pos="lrpe", lrpe_layers=1, norm="srms",
+                        act="bilinear", embed_scale=True, tie_embeddings=False, seq_len=1024, lr=6e-4),     # at GPT-2's size
     "deepseek-v3": dict(n_layer=61, n_head=128, n_embd=7168, attn="mla", q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
                         qk_rope_head_dim=64, v_head_dim=128, rope_layout="interleaved", d_ff=18432, moe=True, n_expert=256,
                         n_active=8, n_shared_expert=1, d_expert=2048, n_dense_layer=3, routed_scale=2.5, seq_len=4096,

@@ -42,6 +42,17 @@ def test_parameters_by_hand():
     assert bert["head"] == 2 * (24**2 + 24) + 37 and bert["norms"] == (2 * 2 + 3) * 48              # final, embed_norm, mlm_norm
 
 
+RELEASED = {       # parameters of the released models, as transformers counts them
+    "mistral": 7_241_732_096, "deepseek-llm": 6_910_365_696, "qwen3": 596_049_920, "olmo2": 1_484_916_736, "gemma3": 999_885_952,
+    "glm4": 9_400_279_040, "t5": 247_577_856, "bert": 109_514_298, "deepseek-v3": 671_026_404_352}
+
+
+@pytest.mark.parametrize("preset", RELEASED)
+def test_presets_have_the_size_of_the_released_models(preset):
+    fields = {key: value for key, value in M.PRESETS[preset].items() if key in ModelConfig.__dataclass_fields__}
+    assert sum(M.parameter_table(M.meta_model(ModelConfig(**fields))).values()) == RELEASED[preset]
+
+
 @pytest.mark.parametrize("fields", [dict(attn=a) for a in ATTENTION] + [
     dict(norm=n) for n in ("layer", "prms", "group")] + [dict(attn_gate=True, sinks=True, qk_norm="head", qkv_bias=True, out_bias=True, mlp_bias=True),
     dict(attn="mla", q_lora_rank=8, moe=True), dict(pos="shaw"), dict(act="swish"), dict(n_token_type=2, embed_norm=True, head_bias=True)], ids=ids)
