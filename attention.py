@@ -553,7 +553,7 @@ class Cache:
         self.layers = [LayerCache(layer.window) for layer in plan]
         self.cross = [LayerCache() for _ in plan]                # encoder-decoder: keys and values of the source
         self.length, self.doc_BS, self.image_BS = 0, None, None
-        self.memory = None                                       # encoder-decoder: the encoder's output
+        self.memory = None                                       # encoder-decoder: the encoder's output, and its documents
 
     def rows(self, B, T, doc_ids_BT, image_BT):
         """Documents and image blocks [B, S] of the whole row, these T tokens included. Without ids the last document goes on,
@@ -567,6 +567,8 @@ class Cache:
                 new_BT = old_BS[:, -1:].expand(B, T) if goes_on else blank(T)
             return torch.cat([old_BS, new_BT], 1)
 
+        if self.image_BS is not None and image_BT is not None and ((self.image_BS[:, -1] == image_BT[:, 0]) & (image_BT[:, 0] > 0)).any():
+            raise UsageError("an image goes on from one call to the next, so it could not see itself both ways; give it in one piece")
         self.doc_BS, self.image_BS = longer(self.doc_BS, doc_ids_BT, True), longer(self.image_BS, image_BT, False)
         return self.doc_BS, self.image_BS
 

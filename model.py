@@ -44,9 +44,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dist
-from attention import (ATTENTION, FEATURE_MAPS, PATTERNS, POSITIONS, QK_NORMS, ROPE_LAYOUTS, ROPE_SCALINGS, AttentionConfig, Cache,
-                       Cross, Layer, Pass, Places, RMSNorm, head_dim, inverse_frequencies, places_in_documents, seen_keys,
-                       sinusoid, sparse_sizes)
+from attention import (ATTENTION, FEATURE_MAPS, PATTERNS, POSITION_BIAS, POSITIONS, QK_NORMS, ROPE_LAYOUTS, ROPE_SCALINGS,
+                       AttentionConfig, Cache, Cross, Layer, Pass, Places, RMSNorm, head_dim, inverse_frequencies,
+                       places_in_documents, seen_keys, sinusoid, sparse_sizes, t5_bucket)
 from kernels import linear_cross_entropy, to_autocast
 from moe import ROUTERS, MoE, MoEConfig
 from tokenizer import Parser, UsageError, add_flags, atomic_write, run_cli
@@ -133,7 +133,7 @@ def layer_plan(cfg, n_layer=0):
     names = []
     for item in (cfg.layers or cfg.attn).split(","):
         name, _, count = item.strip().partition("*")
-        if name not in ATTENTION or not (count or "1").isdigit() or not int(count or 1):
+        if name not in ATTENTION or not re.fullmatch("|[1-9][0-9]{0,5}", count):
             raise UsageError(f"--layers={cfg.layers}: {item!r} is neither a mixer nor mixer*count, as in swa*5,mha; mixers are {list(ATTENTION)}")
         names += [name] * int(count or 1)
 
@@ -146,37 +146,90 @@ def layer_plan(cfg, n_layer=0):
     return [Layer(i, name, window(name), cfg.moe and i >= cfg.n_dense_layer) for i, name in enumerate(plan)]
 
 
+AT_LEAST = {                       # smallest value of a field, and of those that follow it
+    1: "vocab_size seq_len n_layer n_embd n_head tile shaw_clip t5_buckets t5_distance norm_groups rope_factor",
+    0: "n_kv_head head_dim window d_ff n_enc_layer kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim sparse_stride "
+       "sparse_width lrpe_layers n_token_type rope_original attn_softcap logit_softcap clip_qkv attn_scale rope_local_theta start_token "
+       "n_shared_expert d_expert n_dense_layer bias_lr res_alpha res_beta res_alpha_linear res_beta_linear res_alpha_mlp res_beta_mlp "
+       "rope_attn_factor rope_mscale rope_mscale_all embed_grad_shrink embed_dropout resid_dropout attn_dropout",
+}
+ABOVE_ZERO = "norm_eps init_std rope_theta rope_fraction norm_share logit_scale rope_low rope_high rope_beta_fast rope_beta_slow"
+AT_MOST_ONE = "rope_fraction norm_share embed_grad_shrink"
+BELOW_ONE = "embed_dropout resid_dropout attn_dropout"
+
+
 def validate(cfg):
     """Refuse impossible shapes and unknown names before anything is built."""
+    def refuse(name, rule):
+        raise UsageError(f"--{name}={getattr(cfg, name)} {rule}, for example {getattr(ModelConfig, name)}")
+
     tables = dict(attn=ATTENTION, norm=NORMS, norm_at=PLACEMENTS, act=ACTIVATIONS, pos=POSITIONS, router=ROUTERS, arch=ARCHS,
                   rope_scaling=ROPE_SCALINGS, rope_layout=ROPE_LAYOUTS, qk_norm=QK_NORMS, feature_map=FEATURE_MAPS)
     for name, table in tables.items():
         if getattr(cfg, name) not in table:
             raise UsageError(f"--{name}={getattr(cfg, name)} is not known; use one of {list(table)}")
-    for name in ("vocab_size", "seq_len", "n_layer", "n_embd", "n_head", "tile", "shaw_clip", "t5_buckets", "norm_groups"):
-        if getattr(cfg, name) < 1:
-            raise UsageError(f"--{name}={getattr(cfg, name)} must be at least 1, for example {getattr(ModelConfig, name)}")
-    for name in ("n_kv_head", "head_dim", "window", "d_ff", "n_enc_layer", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-                  "v_head_dim", "sparse_stride", "sparse_width", "lrpe_layers", "n_token_type", "rope_original", "attn_softcap", "logit_softcap",
-                  "clip_qkv", "attn_scale", "rope_local_theta"):
-        if getattr(cfg, name) < 0:
-            raise UsageError(f"--{name}={getattr(cfg, name)} cannot be negative; use {getattr(ModelConfig, name)} for its default")
-    for name in ("embed_dropout", "resid_dropout", "attn_dropout"):
-        if not 0 <= getattr(cfg, name) < 1:
-            raise UsageError(f"--{name}={getattr(cfg, name)} is a share; use a number from 0 up to but not including 1")
-    for name in ("norm_eps", "init_std", "rope_theta", "rope_factor"):
-        if getattr(cfg, name) <= 0:
-            raise UsageError(f"--{name}={getattr(cfg, name)} must be above 0, for example {getattr(ModelConfig, name)}")
-    for name in ("rope_fraction", "norm_share"):
-        if not 0 < getattr(cfg, name) <= 1:
-            raise UsageError(f"--{name}={getattr(cfg, name)} is a share above 0 and at most 1, for example {getattr(ModelConfig, name)}")
-    recurrent = [layer.attn for layer in layer_plan(cfg) if ATTENTION[layer.attn].recurrent]
-    if recurrent and cfg.arch != "decoder":
-        raise UsageError(f"--attn={recurrent[0]} reads from left to right, which --arch={cfg.arch} does not; use a softmax variant such as mha")
-    if recurrent and cfg.pos in ("t5", "alibi", "shaw"):
-        raise UsageError(f"--pos={cfg.pos} changes softmax scores, and --attn={recurrent[0]} has none; use --pos=rope or none")
+    for f in fields(ModelConfig):
+        if isinstance(getattr(cfg, f.name), float) and not math.isfinite(getattr(cfg, f.name)):
+            refuse(f.name, "is not a finite number")
+    for name, low in ((name, low) for low, names in AT_LEAST.items() for name in names.split()):
+        if getattr(cfg, name) < low:
+            refuse(name, f"must be at least {low}")
+    for names, wrong, rule in ((ABOVE_ZERO, lambda x: x <= 0, "must be above 0"), (AT_MOST_ONE, lambda x: x > 1, "is a share, at most 1"),
+                               (BELOW_ONE, lambda x: x >= 1, "is a share, below 1")):
+        for name in names.split():
+            if wrong(getattr(cfg, name)):
+                refuse(name, rule)
+    if cfg.start_token >= cfg.vocab_size:
+        refuse("start_token", f"is no id below --vocab_size={cfg.vocab_size}; use one that is")
+    if cfg.rope_low >= cfg.rope_high:
+        raise UsageError(f"--rope_low={cfg.rope_low} must be below --rope_high={cfg.rope_high}, for example 1 and 4")
+    if cfg.rope_beta_slow >= cfg.rope_beta_fast:
+        raise UsageError(f"--rope_beta_slow={cfg.rope_beta_slow} must be below --rope_beta_fast={cfg.rope_beta_fast}, for example 1 and 32")
     if cfg.norm_one_plus and cfg.norm != "rms":
         raise UsageError(f"--norm_one_plus is for --norm=rms, not {cfg.norm}; leave it out")
+    if cfg.moe and cfg.n_dense_layer >= cfg.n_layer:
+        raise UsageError(f"--n_dense_layer={cfg.n_dense_layer} leaves no block of --n_layer={cfg.n_layer} for experts; use a smaller one, for example 0")
+    for layer in layer_plan(cfg):
+        mixer = ATTENTION[layer.attn]
+        if mixer.recurrent and cfg.arch != "decoder":
+            raise UsageError(f"--attn={layer.attn} reads from left to right, which --arch={cfg.arch} does not; use a softmax variant such as mha")
+        if mixer.recurrent and cfg.pos in POSITION_BIAS | {"shaw": None}:
+            raise UsageError(f"--pos={cfg.pos} changes softmax scores, and --attn={layer.attn} has none; use --pos=rope or none")
+        if cfg.pos == "rope" and (mixer.rotary(cfg) or not mixer.recurrent):     # widths that cannot turn are refused in there
+            inverse_frequencies(mixer.rotary(cfg), cfg.rope_theta, cfg.rope_scaling, cfg, cfg.seq_len)
+    for both_ways in (False, True) if cfg.pos == "t5" else ():
+        t5_bucket(torch.zeros(1), cfg.t5_buckets, cfg.t5_distance, both_ways and cfg.arch in ("encoder", "encdec"))
+
+
+def idle(cfg):
+    """{pattern of flags: what they would need} of all flags that have no effect on this model."""
+    plan = layer_plan(cfg)
+    kinds = {layer.attn for layer in plan}
+    keeping, recurrent = ({kind for kind in kinds if ATTENTION[kind].recurrent == r} for r in (False, True))
+    table = (
+        ("rope_.*", cfg.pos == "rope" and any(ATTENTION[kind].rotary(cfg) for kind in kinds), "--pos=rope and a mixer that turns"),
+        ("rope_factor", cfg.rope_scaling != "none", "--rope_scaling, such as yarn"),
+        ("rope_original", cfg.rope_scaling in ("dynamic", "llama3", "yarn"), "--rope_scaling=dynamic, llama3 or yarn"),
+        ("rope_(low|high)", cfg.rope_scaling == "llama3", "--rope_scaling=llama3"),
+        ("rope_(beta_.*|truncate|attn_factor|mscale.*)", cfg.rope_scaling == "yarn", "--rope_scaling=yarn"),
+        ("rope_local_theta", "swa" in kinds, "swa layers"), ("rope_fraction", kinds - {"mla"}, "a mixer other than mla"),
+        ("t5_.*", cfg.pos == "t5", "--pos=t5"), ("shaw_.*", cfg.pos == "shaw", "--pos=shaw"),
+        ("lrpe_.*", cfg.pos == "lrpe" and keeping - {"mla"} | kinds & {"transnormer"}, "--pos=lrpe and mha or transnormer"),
+        ("window", "swa" in kinds or keeping and not cfg.layers, "a softmax mixer, in --layers swa"),
+        ("n_kv_head|clip_qkv|scale_by_layer|qk_norm", keeping - {"mla"}, "a softmax mixer other than mla"),
+        ("attn_scale|attn_softcap|sinks|attn_gate|attn_dropout", keeping, "a softmax mixer, such as mha"),
+        ("(q_lora|kv_lora|qk_nope|qk_rope|v_head).*", "mla" in kinds, "--attn=mla"), ("sparse_.*", kinds & PATTERNS.keys(), "a sparse pattern"),
+        ("feature_map", "linear" in kinds, "--attn=linear"), ("tile|res_.*_linear", recurrent, "a linear mixer"),
+        ("norm_groups", cfg.norm == "group", "--norm=group"), ("norm_share", cfg.norm == "prms", "--norm=prms"),
+        ("start_token|n_enc_layer", cfg.arch == "encdec", "--arch=encdec"), ("d_ff", not all(layer.moe for layer in plan), "a dense block"),
+        ("|".join(MoEConfig.__dataclass_fields__.keys() - {"moe"}), cfg.moe, "--moe"),
+    )
+    return {pattern: needs for pattern, used, needs in table if not used}
+
+
+def unused(cfg, names):
+    """{flag: what it would need} of those among `names` that have no effect."""
+    return {name: needs for pattern, needs in idle(cfg).items() for name in names if re.fullmatch(pattern, name)}
 
 
 def pinned(cfg):
@@ -231,8 +284,9 @@ class GroupNorm(nn.GroupNorm):
     """LayerNorm inside groups of a token's channels; one group is LayerNorm, one channel a group leaves nothing. [GN eq 7]"""
 
     def __init__(self, D, cfg):
-        if D % cfg.norm_groups:
-            raise UsageError(f"--norm_groups={cfg.norm_groups} does not divide the width {D}; use one of {[g for g in range(1, 65) if D % g == 0]}")
+        if D % cfg.norm_groups or D == cfg.norm_groups:
+            fits = [g for g in range(1, min(65, D)) if D % g == 0]
+            raise UsageError(f"--norm_groups={cfg.norm_groups} does not cut the width {D} into equal groups of two or more; use one of {fits}")
         super().__init__(cfg.norm_groups, D, eps=cfg.norm_eps)
 
     def forward(self, x_BTD):
@@ -374,7 +428,7 @@ class Block(nn.Module):
         self.res1 = Residual(cfg, factors("_linear" if self.attn.recurrent else ""))
         self.cross = self.res_cross = None
         if cfg.arch == "encdec" and not encoder:
-            self.cross, self.res_cross = Cross(replace(cfg, pos="none"), replace(layer, window=0)), Residual(cfg, factors(""))
+            self.cross, self.res_cross = Cross(replace(cfg, pos="none", sinks=False, attn_softcap=0.0), replace(layer, window=0)), Residual(cfg, factors(""))
         self.mlp = (MoE if layer.moe else MLP)(cfg, hidden_width(cfg))
         self.res2 = Residual(cfg, factors("_mlp"))
 
@@ -434,13 +488,18 @@ class Model(nn.Module):
             x_BTD = x_BTD + (self.type_embed.weight[0] if types is None else self.type_embed(types))
         return self.dropout(self.embed_norm(x_BTD))
 
+    def refuse_beyond(self, length):
+        if self.cfg.pos == "learned" and length > self.cfg.seq_len:
+            raise UsageError(f"{length} tokens, but learned positions end at --seq_len={self.cfg.seq_len}; give fewer tokens")
+
     def locate(self, tokens_BT, positions, doc_ids, cache, prefix_len, image):
         """The Pass of these tokens, after those in the cache, which is told of them."""
         past, (B, T), device = cache.length if cache else 0, tokens_BT.shape, tokens_BT.device
-        if self.cfg.pos == "learned" and past + T > self.cfg.seq_len:
-            raise UsageError(f"{past + T} tokens, but learned positions end at --seq_len={self.cfg.seq_len}; give fewer tokens")
+        self.refuse_beyond(past + T)
         if prefix_len is not None and (self.cfg.arch != "prefix" or past):
             raise UsageError("prefix_len needs a model with --arch=prefix, and the whole prefix in the first call")
+        if image is not None and any(block.attn.recurrent for block in self.blocks):
+            raise UsageError("an image sees itself both ways, which linear mixers cannot; use a model with softmax mixers alone")
         if cache:
             doc_ids, image = cache.rows(B, T, doc_ids, image)
             cache.length = past + T
@@ -457,6 +516,7 @@ class Model(nn.Module):
 
     def encode(self, source_BS, doc_ids=None):
         """The encoder's output [B, S, D]."""
+        self.refuse_beyond(source_BS.shape[1])
         positions = places_in_documents(doc_ids, source_BS.shape[1], source_BS.device)
         this = Pass(positions, doc_BS=doc_ids, causal=False, rel_bias=self.enc_rel_bias, dtype=self.compute_dtype)
         x_BSD = self.embedded(source_BS, positions)
@@ -480,14 +540,16 @@ class Model(nn.Module):
         if (self.cfg.arch == "encdec") != (dec is not None):
             raise UsageError(f"--arch={self.cfg.arch} reads " + ("two texts: m(source, decoder_tokens)" if dec is None else
                                                                   "one text: m(tokens), all else by keyword"))
+        if embeds is not None and image is None:
+            raise UsageError("embeds stand where image is above 0: give image [B, T], too")
         if dec is not None:
-            memory = cache.memory if cache and cache.memory is not None else self.encode(tokens, enc_doc_ids)
+            memory, enc_doc_ids = cache.memory if cache and cache.memory else (self.encode(tokens, enc_doc_ids), enc_doc_ids)
             tokens = dec
         this = self.locate(tokens, positions, doc_ids, cache, prefix_len, image)
         if dec is not None:
             at_memory = Places.of_memory(this, enc_doc_ids)
-        if cache:
-            cache.memory = memory
+        if cache and dec is not None:
+            cache.memory = memory, enc_doc_ids
         x_BTD = self.embedded(tokens, this.positions_BT, types, embeds, image)
         places = {layer.kind: Places(self.cfg, layer, this) for layer in self.plan}
         for i, (block, layer) in enumerate(zip(self.blocks, self.plan)):
@@ -526,7 +588,8 @@ class Model(nn.Module):
         else:                                                    # a bias or a cap: the logits are stored
             logits_MV = self.logits(x_BTD).flatten(0, 1)
             logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
-            loss_sum = (F.cross_entropy(logits_MV, targets_M, reduction="none") * weights_M).sum()
+            nll_M = F.cross_entropy(logits_MV, targets_M, reduction="none", ignore_index=-2**31)      # weights, not ids, leave out
+            loss_sum = (nll_M * weights_M).sum()
         return loss_sum, batch["weights"].sum(), {}
 
     def new_cache(self):
@@ -538,8 +601,13 @@ class Model(nn.Module):
         row has met an id of `stop` (a row that has goes on repeating it). Arguments as in generate."""
         if self.cfg.arch == "encoder" or self.head is None:
             raise UsageError("an encoder or a model without a head does not generate; use --arch=decoder, prefix or encdec")
+        for name, value, good in (("temperature", temperature, temperature >= 0), ("top_k", top_k, top_k >= 0),
+                                  ("top_p", top_p, 0 < top_p <= 1), ("repetition_penalty", repetition_penalty, repetition_penalty > 0)):
+            if not (good and math.isfinite(value)):
+                raise UsageError(f"{name}={value} cannot be sampled with; use temperature 0 or more, top_k 0 or more, top_p above 0 "
+                                 "up to 1, repetition_penalty above 0, for example 0.8, 50, 0.95, 1")
         device = self.embed.weight.device
-        tokens_BT, real_BT = left_padded(prompts, device)
+        tokens_BT, real_BT = left_padded(prompts, self.cfg.vocab_size, device)
         new, source, where, B = tokens_BT, (), {}, len(tokens_BT)
         seen_BV = torch.zeros(B, self.cfg.vocab_size, dtype=torch.bool, device=device)
         if not real_BT.all():                                    # padding is a document of its own, which nobody reads
@@ -551,29 +619,27 @@ class Model(nn.Module):
             seen_BV.scatter_(1, tokens_BT.where(real_BT, tokens_BT[:, -1:]), True)
         if self.cfg.arch == "prefix":
             where["prefix_len"] = tokens_BT.new_full((B,), tokens_BT.shape[1])
-        stop_ids, done_B = torch.tensor([*stop], dtype=torch.long, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-        cache, was_training = self.new_cache(), self.training
-        self.eval()
-        try:
-            for _ in range(max_new_tokens):
+        stop_ids, done_B = torch.tensor([int(token) for token in stop], device=device), torch.zeros(B, dtype=torch.bool, device=device)
+        cache = self.new_cache()
+        for _ in range(max_new_tokens):
+            with evaluating(self):
                 logits_BV = self(*source, new, cache=cache, **where)[:, -1].float()
-                seen_BV.scatter_(1, new[:, -1:], True)
-                if repetition_penalty != 1:
-                    logits_BV = logits_BV.where(~seen_BV, penalised(logits_BV, repetition_penalty))
-                new_B = pick(logits_BV, temperature, top_k, top_p, generator).where(~done_B, new[:, -1])
-                done_B = done_B | torch.isin(new_B, stop_ids)
-                yield new_B
-                if len(stop_ids) and done_B.all():
-                    return
-                new, where = new_B[:, None], {key: value for key, value in where.items() if key == "enc_doc_ids"}
-        finally:
-            self.train(was_training)
+            seen_BV.scatter_(1, new[:, -1:], True)
+            if repetition_penalty != 1:
+                logits_BV = logits_BV.where(~seen_BV, penalised(logits_BV, repetition_penalty))
+            new_B = pick(logits_BV, temperature, top_k, top_p, generator).where(~done_B, new[:, -1])
+            done_B = done_B | torch.isin(new_B, stop_ids)
+            yield new_B
+            if len(stop_ids) and done_B.all():
+                return
+            new, where = new_B[:, None], {}                      # the cache knows the documents
 
     def generate(self, tokens, max_new_tokens, **how):
         """Continue tokens [B, T] -> [B, T + n], where n is max_new_tokens, or fewer if every row meets a `stop` id before. A list
         of unequal prompts -> a list of rows, each up to its stop id. An encoder-decoder reads `tokens` and returns [B, 1 + n],
         its start token first. temperature 0 takes the likeliest id; top_k keeps the k likeliest (0: all), top_p the fewest
         that together reach that probability; repetition_penalty above 1 makes ids that stand in the row already less likely."""
+        how["stop"] = [int(token) for token in how.get("stop", ())]
         new = [new_B[:, None] for new_B in self.stream(tokens, max_new_tokens, **how)]
         begin = tokens if isinstance(tokens, torch.Tensor) else [torch.as_tensor(row) for row in tokens]
         if self.cfg.arch == "encdec":
@@ -581,24 +647,37 @@ class Model(nn.Module):
             begin = start_B1 if isinstance(tokens, torch.Tensor) else list(start_B1)
         if isinstance(begin, torch.Tensor):
             return torch.cat([begin.to(self.embed.weight.device), *new], 1)
-        rows, stop = [], set(how.get("stop", ()))
+        rows = []
         for row, ids in zip(begin, torch.cat(new, 1).tolist() if new else [[]] * len(begin)):
-            end = next((i + 1 for i, token in enumerate(ids) if token in stop), len(ids))
+            end = next((i + 1 for i, token in enumerate(ids) if token in how["stop"]), len(ids))
             rows.append(torch.cat([row, row.new_tensor(ids[:end])]))
         return rows
 
 
-def left_padded(prompts, device):
-    """(tokens [B, T], which of them are real) of a tensor, or of a list of unequal rows."""
-    if isinstance(prompts, torch.Tensor):
-        return prompts.to(device), torch.ones_like(prompts, dtype=torch.bool, device=device)
-    rows = [torch.as_tensor(row, dtype=torch.long) for row in prompts]
-    if not rows or min(len(row) for row in rows) == 0:
-        raise UsageError("a prompt is empty; begin it with at least one id, such as the end-of-text id")
+@contextlib.contextmanager
+def evaluating(model):
+    """Every module in evaluation; afterwards each is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def left_padded(prompts, vocab_size, device):
+    """(tokens [B, T], which of them are real) of a tensor [B, T], or of a list of unequal rows of ids."""
+    rows = [torch.as_tensor(row) for row in prompts]
+    if not rows or any(row.ndim != 1 or not len(row) or row.is_floating_point() for row in rows):
+        raise UsageError("prompts are rows of at least one id each, for example [[5, 3], [7]] or a tensor [B, T]; begin an empty one "
+                         "with the end-of-text id")
+    if any(int(row.min()) < 0 or int(row.max()) >= vocab_size for row in rows):
+        raise UsageError(f"a prompt holds an id that is not among the {vocab_size} of the model; use its own tokenizer")
     T = max(len(row) for row in rows)
-    tokens_BT = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])
-    real_BT = torch.stack([F.pad(torch.ones_like(row), (T - len(row), 0)) for row in rows]).bool()
-    return tokens_BT.to(device), real_BT.to(device)
+    tokens_BT = torch.stack([F.pad(row.long().to(device), (T - len(row), 0)) for row in rows])
+    real_BT = torch.stack([torch.arange(T, device=device) >= T - len(row) for row in rows])
+    return tokens_BT, real_BT
 
 
 def penalised(logits_BV, penalty):
@@ -613,7 +692,7 @@ def pick(logits_BV, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     if top_k:
         least_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
-    prob_BV = (logits_BV / temperature).softmax(-1)
+    prob_BV = ((logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         sorted_BV, order_BV = prob_BV.sort(-1, descending=True)
         sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= top_p] = 0          # what comes before already reaches top_p
@@ -1233,6 +1312,8 @@ def _write_rope(c, hf):
     kind = c["rope_scaling"]
     scaling = {key: c[name] for name, key in ROPE.get(kind, {}).items() if c[name] or key == "truncate"}
     hf |= dict(rope_theta=c["rope_theta"], rope_scaling=None if kind == "none" else dict(rope_type=kind, **scaling))
+    if kind == "dynamic":                        # begins beyond this in their code
+        hf["max_position_embeddings"] = c["rope_original"]
 
 
 MIXERS = {"full_attention": "gqa", "sliding_attention": "swa", "linear_attention": "lightning"}     # layer type: our mixer
@@ -1408,7 +1489,7 @@ CONVERT = {                                      # their model_type
              n_active=("num_experts_per_tok", 2), act=("hidden_act", "silu", {"silu": "swiglu"}))
         | {f"res_{factor}{ours}": (f"{theirs}_{factor}_factor", 1) for factor in ("alpha", "beta")
            for ours, theirs in (("", "full_attn"), ("_linear", "linear_attn"), ("_mlp", "mlp"))},
-        dict(norm_at="prenorm_residual", moe=True, router="softmax", n_shared_expert=0, n_dense_layer=0),
+        dict(norm_at="prenorm_residual", moe=True, router="softmax", n_shared_expert=0, n_dense_layer=0, bias_lr=0.0),
         PRE | MIXTRAL | LIGHTNING, [_layers(lambda hf, i: (hf["attn_type_list"] or [1, 0] * (i + 1))[i], ("layer_types",), "gqa",
                                             ("linear_attention", "full_attention"))], only=dict(rotary_dim=(None,)),
         ignored=r"self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$"),
@@ -1501,14 +1582,13 @@ TRAINING = r".*_dropout|init_std|seed|tile|embed_grad_shrink|bias_lr"           
 
 
 def _canonical(cfg):
-    """{field: value} with every automatic value worked out and without the fields that have no effect, so that two
-    configurations of one function are equal."""
+    """{field: value} with every automatic value worked out."""
     c, plan = {name: getattr(cfg, name) for name in ModelConfig.__dataclass_fields__}, layer_plan(cfg)
     kinds = {layer.attn for layer in plan}
     alike = {"mha", "gqa", "mqa", "swa"}                         # one mixer: its heads and its window say the rest
     heads = sorted({ATTENTION[layer.attn].kv_heads(cfg) for layer in plan if layer.attn in alike} or {cfg.n_head})
     c |= dict(layers=[("swa" if layer.window else "gqa") if layer.attn in alike else layer.attn for layer in plan],
-              n_kv_head=heads[0], window=max(layer.window for layer in plan), head_dim=head_dim(cfg), d_ff=hidden_width(cfg),
+              n_kv_head=heads[0] if len(heads) == 1 else 0, window=max(layer.window for layer in plan), head_dim=head_dim(cfg), d_ff=hidden_width(cfg),
               attn_scale=cfg.attn_scale or head_dim(cfg) ** -0.5, n_enc_layer=cfg.n_enc_layer or cfg.n_layer,
               lrpe_layers=min(cfg.lrpe_layers or cfg.n_layer, cfg.n_layer),
               d_expert=cfg.d_expert or max(8, hidden_width(cfg) // (cfg.n_active + cfg.n_shared_expert) // 8 * 8),
@@ -1518,15 +1598,13 @@ def _canonical(cfg):
         c |= {factor: usual, f"{factor}_linear": linear or usual, f"{factor}_mlp": c[f"{factor}_mlp"] or usual}
     near = cfg.rope_local_theta if "swa" in kinds else cfg.rope_theta
     c["rope_local_theta"] = near or (cfg.rope_theta if cfg.rope_scaling == "none" else 0.0)
-    scaling = {"rope_theta", "rope_local_theta", "rope_fraction", "rope_layout", "rope_scaling", *ROPE.get(cfg.rope_scaling, {})}
-    idle = {"attn": True, "n_kv_head": len(heads) > 1, "attn_scale": "mla" in kinds and not cfg.attn_scale,
-            "rope_.*": cfg.pos != "rope", "t5_.*": cfg.pos != "t5", "shaw_.*": cfg.pos != "shaw", "lrpe_.*": cfg.pos != "lrpe",
-            "norm_groups": cfg.norm != "group", "norm_share": cfg.norm != "prms", "feature_map": "linear" not in kinds,
-            "sparse_.*": not kinds & PATTERNS.keys(), "(q_lora|kv_lora|qk_nope|qk_rope|v_head).*": "mla" not in kinds,
-            "start_token|n_enc_layer": cfg.arch != "encdec", "d_ff": all(layer.moe for layer in plan),
-            "|".join(MoEConfig.__dataclass_fields__.keys() - {"moe"}): not any(layer.moe for layer in plan)}
-    idle = "|".join(pattern for pattern, off in idle.items() if off)
-    return {name: value for name, value in c.items() if not re.fullmatch(idle, name) and (name[:5] != "rope_" or name in scaling)}
+    return c
+
+
+def _free(cfg):
+    """Pattern of the fields in which configurations of one function may differ."""
+    kinds, same = {layer.attn for layer in layer_plan(cfg)}, ["seq_len"] * (cfg.pos != "learned")
+    return "|".join([TRAINING, "attn", *idle(cfg), *same, *["attn_scale"] * ("mla" in kinds and not cfg.attn_scale)])
 
 
 def _own(model):
@@ -1673,22 +1751,34 @@ def _fill(cfg, tensors, path, device, dtype, arch=None):
     return model
 
 
+def rebuilt(model, cfg):
+    """The weights of a model in one of another configuration: dropout, shorter rows."""
+    new, weights = meta_model(cfg), model.state_dict()
+    if cfg.pos == "learned":
+        weights["pos_embed.weight"] = weights["pos_embed.weight"][:cfg.seq_len].clone()
+    new.load_state_dict(weights, assign=True)
+    for module in new.modules():
+        if isinstance(module, MoE):
+            module.count_E = torch.zeros_like(module.bias_E)
+    return new
+
+
 def save_pretrained(model, path):
     """Write a folder that transformers opens with equal logits (config.json, model.safetensors)."""
     cfg, path, own, misfits = model.cfg, Path(path), _own(model), {}
     c, parameters = _canonical(cfg), {name for name, _ in model.named_parameters()}
+    counts = lambda name: not re.fullmatch(_free(cfg), name)
     same = lambda x, y: x == y or isinstance(x, float) and isinstance(y, (int, float)) and math.isclose(x, y, rel_tol=1e-9)
     for kind, arch in CONVERT.items():
         pairs = _pairs(arch, cfg, own)
         wrong = ["n_embd / n_head"] * (arch.whole_heads and cfg.n_embd % cfg.n_head > 0)
-        wrong += [name for name, value in (dict(moe=False) | arch.fixed).items() if name in c and c[name] != value]
+        wrong += [name for name, value in (dict(moe=False) | arch.fixed).items() if counts(name) and c[name] != value]
         try:
             hf = _described(arch, c)
             fields = _fields(arch, _one_spelling(hf))
             fields = _heads(arch, fields, {arch.renamed(theirs): own[names[0]] for theirs, names, *_ in pairs})
             back = _canonical(ModelConfig(**fields))
-            wrong += [name for name in sorted(c.keys() | back.keys()) if not re.fullmatch(TRAINING, name)
-                      and not same(c.get(name), back.get(name))]
+            wrong += [name for name in sorted(c) if counts(name) and not same(c[name], back[name])]
         except (KeyError, UsageError) as error:
             wrong.append(str(error.args[0]))
         lost = own.keys() - {name for _, names, *_ in pairs for name in names}
@@ -1741,6 +1831,8 @@ def main(argv):
     more = [f"--{name}" for name in typed if name != "seq_len"] + [f"--preset={preset}"] * bool(preset)
     if folder and more:
         raise UsageError(f"{folder} says itself what model it holds; leave out {', '.join(more)}")
+    if typed.get("seq_len", 1) < 1:
+        raise UsageError(f"--seq_len={typed['seq_len']} must be at least 1, for example 4096")
     if file and not file.endswith(".svg"):
         raise UsageError(f"--draw={file}: an SVG is written; use a name such as --draw={Path(file).stem}.svg")
     flags = PRESETS.get(preset, {}) | typed
@@ -1748,9 +1840,14 @@ def main(argv):
     model = from_pretrained(folder, "meta") if folder else meta_model(cfg)
     if describing or not file:
         print(describe(model, typed.get("seq_len", 0)))
+        for name, needs in unused(model.cfg, typed).items():
+            print(f"\n--{name}={typed[name]} has no effect here: it needs {needs}")
     if file:
-        with atomic_write(file, "w") as out:
-            out.write(draw(model))
+        try:
+            with atomic_write(file, "w") as out:
+                out.write(draw(model))
+        except OSError as error:
+            raise UsageError(f"--draw={file} cannot be written ({error.strerror}); choose another place, such as --draw=model.svg") from None
         print(f"{file}: open it in a browser; the pointer on a tensor shows its full name")
 
 

@@ -27,6 +27,7 @@ import html
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -61,7 +62,7 @@ from data import DataConfig
 from dist import DistConfig
 from kernels import KernelConfig
 from model import PRESETS, Model, ModelConfig
-from moe import update_biases
+from moe import Experts, update_biases
 from tokenizer import TokenizerConfig, UsageError, atomic_write, flag
 
 
@@ -141,7 +142,7 @@ def learning_rate(cfg, step):
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")      # flag --dtype
 OBJECTIVES = ("clm",)                                    # flag --objective
-READS = {"clm": ("decoder", "prefix")}                   # the architectures that an objective can train
+READS = {"clm": ("decoder",)}                            # the architectures that an objective can train
 
 
 def compute_dtype(cfg, device):
@@ -312,6 +313,9 @@ def check_ranges(cfg):
     if cfg.arch not in READS[cfg.objective]:
         raise UsageError(f"--objective={cfg.objective} predicts each next token, which --arch={cfg.arch} is shown or does not predict; "
                          f"use one of {[f'--arch={arch}' for arch in READS[cfg.objective]]}")
+    for name in ("headless", "pooler", "mlm_head"):
+        if getattr(cfg, name):
+            raise UsageError(f"--{name} belongs to encoders, and --objective={cfg.objective} trains decoders; leave it out")
     if cfg.dtype == "float16":
         raise UsageError("--dtype=float16 needs loss scaling (and is slower than float32 on a CPU); use bfloat16 or float32")
 
@@ -482,6 +486,7 @@ def describe(cfg, model, device, dtype, reason, ranks):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     tokens = cfg.steps * cfg.tokens_per_step
     flags = " ".join(non_default(cfg)) or "all at their defaults"
+    unused = model_lib.unused(cfg, [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default])
     state = 16 * total                                           # float32 weights, gradients and two moments
     return "\n".join((
         f"device   {name} x {ranks} | {str(dtype)[6:]} ({reason}) | kernels: {kernels.use(cfg.kernels)} | "
@@ -493,23 +498,23 @@ def describe(cfg, model, device, dtype, reason, ranks):
         f"{ranks} rank{'s' * (ranks > 1)}",
         f"run      {cfg.steps:,} steps = {tokens:,} tokens = {tokens / total:.1f} a parameter",
         f"lr       {spark([learning_rate(cfg, s) for s in range(cfg.steps)])}  peak {cfg.lr:g}, end {learning_rate(cfg, cfg.steps - 1):g}",
-        f"flags    {flags}",
+        f"flags    {flags}", *(f"unused   --{name}={getattr(cfg, name)}: it needs {needs}" for name, needs in unused.items()),
         f"output   {cfg.out_dir}/ (stop with Ctrl-C at any time; go on with: python train.py --out_dir={cfg.out_dir} --resume)"))
 
 
-def plan(cfg):
+def plan(cfg, typed):
     """Print the facts without touching data; the real run does exactly this."""
     ranks = dist.validate(cfg)
     world = dist.init(cfg) if ranks == 1 else dist.World(device=torch.device("cpu"))
     dtype, reason = compute_dtype(cfg, world.device)
-    cfg = model_flags_of(cfg, {})[0] if cfg.init_from else cfg
+    cfg = model_flags_of(cfg, typed)[0] if cfg.init_from else cfg
     if os.environ.get("RANK", "0") == "0":
         print(describe(cfg, model_lib.meta_model(cfg), world.device, dtype, reason, ranks), flush=True)
 
 
 # ---- Sample and bench ----
 
-def sample(cfg):
+def sample(cfg, typed):
     world = dist.init(cfg)
     source = Path(cfg.init_from or cfg.out_dir)
     if not source.is_dir():
@@ -526,7 +531,7 @@ def sample(cfg):
         print(f"--- sample {number + 1} of {cfg.n_samples}\n{text}", flush=True)
 
 
-def bench(cfg):
+def bench(cfg, typed):
     """Tokens per second of whole training steps (forward, backward, clip, update) on random tokens: ours, and a nanoGPT
     checkout's model with its own optimizer as shipped and under the same autocast, step by step in turn."""
     world = dist.init(cfg)
@@ -597,20 +602,23 @@ def _nanogpt_steps(cfg, batch, device, dtype):
 def model_flags_of(cfg, typed):
     """(cfg with the architecture of --init_from, its model). Typed flags may not contradict the weights."""
     source = model_lib.from_pretrained(cfg.init_from)
-    shape = {f.name: getattr(source.cfg, f.name) for f in dataclasses.fields(ModelConfig) if f.name not in ("seed", "seq_len")}
-    if source.cfg.pos == "learned" and "seq_len" not in typed:
-        shape["seq_len"] = source.cfg.seq_len
     if source.cfg.arch not in READS[cfg.objective] or source.cfg.headless:
-        raise UsageError(f"{cfg.init_from} holds an {source.cfg.arch}{' without a head' * source.cfg.headless}, which --objective={cfg.objective} does not train; "
-                         f"use weights of a decoder")
+        raise UsageError(f"{cfg.init_from} holds an {source.cfg.arch}{' without a head' * source.cfg.headless}, which "
+                         f"--objective={cfg.objective} does not train; use weights of a decoder")
+    shape = {f.name: getattr(source.cfg, f.name) for f in dataclasses.fields(ModelConfig) if f.name not in ("seed", "seq_len")}
     shape |= model_lib.pinned(source.cfg)                        # what seq_len says by default stays as it was
+    if source.cfg.pos == "learned":
+        shape["seq_len"] = min(cfg.seq_len, source.cfg.seq_len) if "seq_len" in typed else source.cfg.seq_len
+        if typed.get("seq_len", 0) > source.cfg.seq_len:
+            raise UsageError(f"--seq_len={cfg.seq_len}, but {cfg.init_from} has learned positions for {source.cfg.seq_len} tokens only")
+    if cfg.preset:
+        raise UsageError(f"--preset={cfg.preset}: the weights in {cfg.init_from} say themselves what model they are; leave it out")
+    of_the_run = {name for name in typed if re.fullmatch(model_lib.TRAINING, name)}          # dropout and the like: no weights
     for name, value in shape.items():
-        if name in typed and typed[name] != value and "dropout" not in name and name != "bias_lr":
+        if name in typed and typed[name] != value and name not in of_the_run:
             raise UsageError(f"--{name}={typed[name]}, but the weights in {cfg.init_from} have {value}; leave --{name} out")
-    if source.cfg.pos == "learned" and cfg.seq_len > source.cfg.seq_len and "seq_len" in typed:
-        raise UsageError(f"--seq_len={cfg.seq_len}, but {cfg.init_from} has learned positions for {source.cfg.seq_len} tokens only")
-    keep = {name: typed[name] for name in typed if "dropout" in name or name == "bias_lr"}
-    return dataclasses.replace(cfg, **shape | keep), source
+    cfg = dataclasses.replace(cfg, **shape | {name: typed[name] for name in of_the_run})
+    return cfg, model_lib.rebuilt(source, cfg)
 
 
 def compiled_step(model, cfg, world):
@@ -618,6 +626,9 @@ def compiled_step(model, cfg, world):
     if cfg.compile and world.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         world.print("compile: no C++ compiler (g++) on this machine, so the blocks run eagerly")
     elif cfg.compile:
+        for module in model.modules():
+            if isinstance(module, Experts):                      # a loop with as many branches as experts: minutes to compile
+                module.forward = torch.compiler.disable(module.forward)
         for block in [*model.enc_blocks, *model.blocks]:
             block.compile()
     return dist.parallelize(model, world)
@@ -630,8 +641,9 @@ def prepare_data(cfg, world, state):
         folder = saved
     else:
         if cfg.init_from and not cfg.tokenizer:
-            home = Path(cfg.init_from)
-            cfg.tokenizer = str(home / "tokenizer" if (home / "tokenizer").is_dir() else home)
+            home = Path(cfg.init_from)                           # a run, one of its checkpoints, or a Hugging Face folder
+            folders = [home / "tokenizer", home.absolute().parent.parent / "tokenizer"]
+            cfg.tokenizer = str(next((folder for folder in folders if folder.is_dir()), home))
         folder = data.prepare(cfg, cfg.vocab_size, cfg.out_dir, world.print) if world.main else ""
         folder = Path(dist.from_main(world, str(folder)))
         if state and folder.name != state["data"]:
@@ -644,13 +656,17 @@ def main(argv):
     typed = parse(argv)
     cfg = settle_config(typed)
     ranks = dist.validate(cfg)
-    batch_shape(cfg, ranks)
+    if not cfg.init_from:                                        # whose weights may say how long rows are
+        batch_shape(cfg, ranks)
+    if cfg.norm == "batch" and ranks > 1:
+        raise UsageError("--norm=batch takes its statistics over the rows of one rank, so ranks would train different models; use one, "
+                         "or another --norm")
     if not cfg.compile:
         kernels.skip_dynamo()
     kernels.use(cfg.kernels)
     for chosen, action in ((cfg.plan, plan), (cfg.sample, sample), (cfg.bench, bench)):
         if chosen:
-            return action(cfg)
+            return action(cfg, typed)
     train(cfg, typed)
 
 
@@ -679,13 +695,14 @@ def train(cfg, typed):
     tensors, state, start = loaded or ({}, None, 0)
     if cfg.init_from and not state:
         cfg, source = model_flags_of(cfg, typed)
+        batch_shape(cfg, world.size)
     check_disk(cfg, model_lib.meta_model(cfg), out)
     folder, meta, tok = prepare_data(cfg, world, state)
     fixed = source or cfg.tokenizer and "vocab_size" in typed                   # else the model is as wide as the tokenizer
     wanted = state["config"]["vocab_size"] if state else cfg.vocab_size if fixed else 0
     if wanted and wanted < tok.n_vocab:
-        raise UsageError(f"the tokenizer has {tok.n_vocab} ids, but the model only {wanted}; use --vocab_size={tok.n_vocab} or more, "
-                         f"or the tokenizer that belongs to these weights")
+        raise UsageError(f"the tokenizer has {tok.n_vocab} ids, but the model only {wanted}; use "
+                         + ("the --tokenizer that belongs to these weights" if source or state else f"--vocab_size={tok.n_vocab} or more"))
     loaders = data.open_loaders(cfg, folder, meta, tok)
 
     # the model, its optimizer, and where the run stands

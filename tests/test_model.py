@@ -239,6 +239,14 @@ def test_a_prefix_is_read_both_ways_and_nothing_else_is():
 
 def test_an_image_block_sees_itself_both_ways():
     model, tokens = build(layers="swa,mha", window=3).eval(), torch.randint(37, (1, 9), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UsageError, match="one piece"):
+        cache = model.new_cache()
+        model(tokens[:, :3], image=torch.tensor([[0, 1, 1]]), cache=cache)
+        model(tokens[:, 3:5], image=torch.tensor([[1, 0]]), cache=cache)
+    with pytest.raises(UsageError, match="linear mixers"):
+        build(attn="linear")(tokens, image=torch.ones_like(tokens))
+    with pytest.raises(UsageError, match="give image"):
+        model(tokens, embeds=torch.zeros(1, 9, 24))
     image, embeds = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 0]]), torch.randn(1, 9, 24, generator=torch.Generator().manual_seed(1))
     full = model(tokens, image=image, embeds=embeds)
 
@@ -253,7 +261,7 @@ def test_an_image_block_sees_itself_both_ways():
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", [T5, dict(arch="encdec"), dict(arch="encdec", pos="learned", attn="gqa", n_kv_head=2), dict(arch="encdec", attn="mla", norm_at="deepnorm"), dict(arch="encdec", moe=True, pos="alibi")],
+@pytest.mark.parametrize("fields", [T5, dict(arch="encdec"), dict(arch="encdec", pos="learned", attn="gqa", n_kv_head=2), dict(arch="encdec", attn="mla", norm_at="deepnorm"), dict(arch="encdec", moe=True, pos="alibi"), dict(arch="encdec", sinks=True, attn_softcap=2.0, attn="swa", window=4)],
                          ids=ids)
 def test_an_encoder_decoder_reads_its_source(fields, shapes_checked):
     model = build(**fields).eval()
@@ -264,6 +272,9 @@ def test_an_encoder_decoder_reads_its_source(fields, shapes_checked):
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-5, atol=1e-5)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), source[:1, 4:]], 1)
     torch.testing.assert_close(model(padded, target[:1], enc_doc_ids=torch.tensor([[-1] * 4 + [0] * 7])), model(source[:1, 4:], target[:1]), rtol=1e-5, atol=1e-5)
+    cache, hidden_docs = model.new_cache(), torch.tensor([[-1] * 4 + [0] * 7])
+    parts = [model(padded, target[:1, :4], enc_doc_ids=hidden_docs, cache=cache), model(padded, target[:1, 4:], cache=cache)]      # the cache knows them
+    torch.testing.assert_close(torch.cat(parts, 1), model(padded, target[:1], enc_doc_ids=hidden_docs), rtol=1e-5, atol=1e-5)
     packed = model(source[:1], target[:1], doc_ids=torch.tensor([[0] * 4 + [1] * 5]), enc_doc_ids=torch.tensor([[0] * 6 + [1] * 5]))
     torch.testing.assert_close(packed, torch.cat([model(source[:1, :6], target[:1, :4]), model(source[:1, 6:], target[:1, 4:])], 1), rtol=1e-5, atol=1e-5)
     out = model.generate(source, 7)
@@ -314,8 +325,32 @@ def test_stop_ids_end_a_row_and_then_the_batch():
     assert len(out[0]) == min(12, max(first) + 1)
     for row, whole, end in zip(out, free, first):
         assert row[:end + 1] == whole[:min(end + 1, len(row))] and all(token == stop for token in row[end:])
-    rows = model.generate([[1, 2, 3], [4, 5]], 12, stop=[stop])
-    assert rows[0].tolist() == [1, 2, 3, *free[0][:first[0] + 1]]
+    for given in ([stop], {stop}, torch.tensor([stop]), iter([stop])):
+        rows = model.generate([[1, 2, 3], [4, 5]], 12, stop=given)
+        assert rows[0].tolist() == [1, 2, 3, *free[0][:first[0] + 1]]
+
+
+def test_generation_leaves_every_module_in_its_mode():
+    model = build(resid_dropout=0.5)
+    model.blocks[0].eval()
+    one, two = (model.stream(torch.tensor([[1, 2]]), 5) for _ in range(2))
+    a = [next(one), next(two)]
+    one.close()
+    assert model.training and model.blocks[1].training and not model.blocks[0].training
+    assert torch.equal(a[0], a[1]) and torch.equal(torch.stack([a[1], *two], 1)[0], model.generate(torch.tensor([[1, 2]]), 5)[0, 2:])
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1.5]], torch.zeros(1, 0, dtype=torch.long), [1, 2], [[37]], [[-1]]], ids=str)
+def test_strange_prompts_are_refused(prompts):
+    with pytest.raises(UsageError, match="prompt"):
+        build().generate(prompts, 2)
+
+
+@pytest.mark.parametrize("how", [dict(temperature=-1.0), dict(temperature=math.nan), dict(top_p=0.0), dict(top_k=-1), dict(repetition_penalty=0.0)], ids=str)
+def test_impossible_sampling_is_refused(how):
+    with pytest.raises(UsageError, match="for example 0.8"):
+        build().generate([[1]], 2, **how)
+    assert build().generate([[1]], 3, temperature=1e-40, generator=torch.Generator().manual_seed(0))[0].tolist() == build().generate([[1]], 3)[0].tolist()
 
 
 def test_repetition_penalty_by_hand():
@@ -381,11 +416,33 @@ def test_dropout_is_off_by_default_and_in_evaluation():
     (dict(attn="nope"), "mla"), (dict(norm="nope"), "rms"), (dict(n_layer=0), "n_layer"), (dict(resid_dropout=1.0), "share"), (dict(norm_eps=0.0), "norm_eps"),
     (dict(layers="swa*x"), "swa.5,mha"), (dict(layers="mha,,mha"), "mixers are"), (dict(window=-1), "window"), (dict(arch="encoder", attn="linear"), "left to right"),
     (dict(pos="alibi", attn="lightning"), "--pos=rope"), (dict(norm="group", norm_groups=7), "norm_groups"), (dict(n_head=5), "n_head"), (dict(attn="strided", n_head=1), "sparse"),
+    (dict(head_dim=7), "even width"), (dict(rope_fraction=0.001), "even width"), (dict(rope_scaling="ntk", head_dim=2), "use linear"), (dict(pos="t5", t5_distance=8), "32 and 128"),
+    (dict(pos="t5", t5_buckets=1), "t5_buckets"), (dict(attn_scale=math.nan), "finite"), (dict(rope_theta=0.0), "above 0"), (dict(rope_factor=0.5), "at least 1"),
+    (dict(rope_low=4.0), "rope_high"), (dict(rope_beta_slow=40.0), "rope_beta_fast"), (dict(moe=True, n_dense_layer=2), "leaves no block"), (dict(moe=True, n_shared_expert=-1), "at least 0"),
+    (dict(norm="group", norm_groups=24), "two or more"), (dict(layers="mha*99999999999"), "mixers are"), (dict(start_token=37), "below"), (dict(embed_grad_shrink=1.5), "at most 1"),
     (dict(norm="layer", norm_one_plus=True), "norm_one_plus"), (dict(rope_scaling="magic"), "yarn"), (dict(rope_fraction=0.0), "rope_fraction"),
 ])
 def test_impossible_models_are_refused(fields, says):
     with pytest.raises(UsageError, match=says):
         Model(ModelConfig(**SMALL | fields))
+
+
+def test_flags_without_effect_are_named():
+    said = lambda *names, **fields: M.unused(ModelConfig(**SMALL | fields), names)
+    assert said("window", "tile", "n_kv_head") == {"tile": "a linear mixer"}
+    assert list(said("window", "sinks", "tile", attn="gdn")) == ["window", "sinks"]
+    assert "swa" in said("window", layers="mha,mla", window=3)["window"] and not said("window", layers="mha,swa", window=3)
+    assert list(said("n_kv_head", "rope_fraction", "kv_lora_rank", attn="mla")) == ["rope_fraction", "n_kv_head"]
+    assert list(said("rope_factor", "rope_theta", "rope_beta_fast", "rope_low", rope_scaling="yarn")) == ["rope_low"]
+    assert list(said("n_expert", "d_ff")) == ["n_expert"] and list(said("n_expert", "d_ff", moe=True, n_dense_layer=0)) == ["d_ff"]
+
+
+def test_another_run_of_the_same_weights():
+    model = build(**GPT2, moe=True, n_expert=3)
+    again = M.rebuilt(model, ModelConfig(**SMALL | GPT2 | dict(moe=True, n_expert=3, seq_len=10, resid_dropout=0.5)))
+    tokens = torch.arange(10)[None]
+    assert torch.equal(again.eval()(tokens), model.eval()(tokens)) and again.train() and not torch.equal(again(tokens), model(tokens))
+    assert again.pos_embed.weight.shape == (10, 24) and all(b.device.type == "cpu" for b in again.buffers())
 
 
 def test_learned_positions_end():
