@@ -307,6 +307,41 @@ def test_new_runs_begin_from_weights(tiny, tmp_path, capsys):
         run_train(*elsewhere(short, tmp_path / "x"), f"--init_from={first}", "--n_layer=5")
 
 
+@pytest.mark.parametrize("kind, fields", [
+    ("gpt2", dict(norm="layer", act="gelu_tanh", pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True)),
+    ("llama", dict(attn="gqa", rope_scaling="dynamic", rope_factor=2.0, tie_embeddings=False)),
+    ("gemma3_text", dict(layers="swa,gqa", n_kv_head=1, window=5, norm_at="sandwich", norm_one_plus=True, embed_scale=True, qk_norm="head", act="geglu_tanh",
+                         rope_local_theta=50.0))])
+def test_weights_go_on_with_other_rows_and_dropout(kind, fields, tiny, tmp_path, capsys):
+    """Rows of another length and dropout are the run's own: they act, resume exactly, and leave the function and what is exported as it was."""
+    import model as model_lib
+    import tokenizer
+    run_train(*tiny)
+    tok = tokenizer.load(Path(out_of(tiny)) / "tokenizer")
+    cfg = model_lib.ModelConfig(**dict(n_layer=2, n_embd=16, n_head=2, vocab_size=tok.n_vocab, seq_len=48) | fields)
+    source = model_lib.Model(cfg).eval()
+    model_lib.save_pretrained(source, tmp_path / "hf")
+    tok.save(tmp_path / "hf")
+    short = [f for f in tiny if not f.startswith(("--n_", "--vocab_size", "--seq_len", "--steps"))]
+    runs = {}
+    for name, more in {"plain": [], "dropped": ["--resid_dropout=0.5"], "halves": ["--resid_dropout=0.5", "--save_every=2"]}.items():
+        flags = [*elsewhere(short, tmp_path / name), f"--init_from={tmp_path}/hf", "--seq_len=16", "--lr=1e-9", "--dtype=float32", *more]
+        run_train(*flags, "--steps=2" if name == "halves" else "--steps=4")
+        if name == "halves":
+            run_train(f"--out_dir={tmp_path}/halves", "--resume", "--steps=4")
+        runs[name] = losses_of(tmp_path / name)
+    assert runs["plain"] != runs["dropped"] == runs["halves"]
+    again, tokens = model_lib.from_pretrained(tmp_path / "plain").eval(), torch.arange(16)[None]
+    torch.testing.assert_close(again(tokens), source(tokens), rtol=1e-4, atol=1e-5)
+    model_lib.save_pretrained(again, tmp_path / "back")
+    back, longer = model_lib.from_pretrained(tmp_path / "back").eval(), torch.arange(40)[None]
+    assert json.loads((tmp_path / "back/config.json").read_text())["model_type"] == kind
+    if kind != "gpt2":                                           # whose table of positions is shorter now
+        torch.testing.assert_close(back(longer), source(longer), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="--n_layer=9"):
+        run_train(*elsewhere(short, tmp_path / "x"), f"--init_from={tmp_path}/hf", "--n_layer=9", "--plan")
+
+
 def test_text_through_stdin(tiny, monkeypatch, corpus):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the model reads the stream. " * 400)))
     run_train(*[f for f in tiny if not f.startswith("--input")], "--input", "-")
