@@ -3,18 +3,20 @@
 Every variant here answers one question: what must be remembered about the past to serve a new query?
 MHA keeps all keys and values, MQA and GQA share them between heads, MLA keeps one small latent per token from which
 the keys and values of all heads can be made again, a window forgets what lies too far back, and the linear variants
-fold the whole past into one matrix that no longer grows.
+fold the whole past into one matrix that does not grow.
 
     y_t = sum_{s <= t} softmax_s( q_t . k_s / sqrt(K) ) v_s                                              [AIAYN eq 1]
     MLA:     c_s = RMSNorm(W_dkv x_s);  k_s = [W_uk c_s ; RoPE(W_kr x_s)],  v_s = W_uv c_s             [DSV2 eq 9-19]
     linear:  y_t = phi(q_t) . M_t / phi(q_t) . z_t,   M_t = M_{t-1} + phi(k_t) v_t^T                    [LinTr eq 18-20]
     decayed: y_t = q_t . M_t,                         M_t = lambda M_{t-1} + k_t v_t^T                    [LA2 eq 4]
-    delta:   M_t = alpha_t (1 - beta_t k_t k_t^T) M_{t-1} + beta_t k_t v_t^T                              [GDN eq 10]
+    delta:   y_t = q_t . M_t,                         M_t = alpha_t (I - beta_t k_t k_t^T) M_{t-1} + beta_t k_t v_t^T
+                                                                                                         [GDN eq 10]
 
 Contents:    config | positions | sparse patterns | places and masks | cache | softmax attention | MHA, GQA, MQA and windows |
-             MLA | linear attention | delta rule | ATTENTION | demo and bench
+             MLA | linear attention | feature maps | fixed decay | delta rule | ATTENTION | demo and bench
+             First reading: attend, MHA, MLA, recurrence. What stands before attend says which keys it reads, how far away.
 Shapes:      B batch, T queries, S keys, D n_embd, H heads, G kv heads, K query/key head dim, U value head dim,
-             N no-position dim, P rotary dim, R latent rank, C tile
+             N no-position dim, P rotary dim, J pairs of channels, R latent rank, L = R + P what MLA caches, C tile
 References:
     [AIAYN] Attention Is All You Need, arXiv:1706.03762; [RMS] RMSNorm, 1910.07467; [Shaw] Relative Positions, 1803.02155;
     [T5] 1910.10683; [RoPE] RoFormer, 2104.09864; [ALiBi] 2108.12409; [PI] Position Interpolation, 2306.15595; [YaRN] 2309.00071;
@@ -23,16 +25,18 @@ References:
     [Gem2] Gemma 2, 2408.00118; [GptOss] gpt-oss, 2508.10925; [Gate] Gated Attention, 2505.06708; [LinTr] Transformers are RNNs,
     2006.16236; [EffAttn] Efficient Attention, 1812.01243; [LA2] Lightning Attention-2, 2401.04658; [MiniMax] MiniMax-01,
     2501.08313; [TNL] TransNormerLLM, 2307.14995; [GDN] Gated Delta Networks, 2412.06464; [KDA] Kimi Linear, 2510.26692
-Run me:      python attention.py      (parameters, cost and cache of every variant)
+Run me:      python attention.py             (parameters, cost and cache of every variant)
+             python attention.py --bench     (plain products beside PyTorch's SDPA, on this device)
 """
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import no_autocast, rmsnorm
+from kernels import best_ms, no_autocast, rmsnorm
 from tokenizer import UsageError, run_cli
 
 
@@ -147,7 +151,7 @@ POSITIONS = {                      # flag --pos
 
 
 def turns(theta, dim, device=None):
-    """theta^(-2j/dim), the angle pair j turns by from a position to the next.                                [RoPE eq 15]"""
+    """theta^(-2j/dim): the angle by which pair j turns from one position to the next, its inverse frequency. [RoPE eq 15]"""
     return 1.0 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
 
 
@@ -184,6 +188,21 @@ def alibi_slopes(H):
     return torch.tensor(slopes + [2 ** (-4 * h / below) for h in range(1, 2 * (H - below), 2)])
 
 
+def t5_bias(cfg, distance_TS, this):
+    bucket_TS = t5_bucket(distance_TS, cfg.t5_buckets, cfg.t5_distance, both_ways=not this.causal)
+    return this.rel_bias(bucket_TS).permute(2, 0, 1)[None]
+
+
+def alibi_bias(cfg, distance_TS, this):
+    return -alibi_slopes(cfg.n_head).to(distance_TS.device).view(1, -1, 1, 1) * distance_TS.abs()
+
+
+POSITION_BIAS = {                  # [1, H, T, S], added to the scores
+    "t5": t5_bias,
+    "alibi": alibi_bias,
+}
+
+
 def lrpe(x_BTHK, theta_HK, positions):
     """[x cos(theta t), x sin(theta t)] for positions t [B or 1, T]. The product of two such vectors, sum_k q_k k_k cos(theta_k
     (t - s)), knows the distance alone, and q and k are mapped one by one, as attention without a softmax needs.     [LRPE]"""
@@ -197,7 +216,7 @@ def lrpe_start(H, K):
     return 10000 ** (-2 * torch.arange(H * K) / (H * K)).view(H, K)
 
 
-# A model trained on `original` tokens has never seen the slow pairs complete a turn. To read `factor` times as many, each
+# A model trained on `original` tokens has never seen its slow pairs complete a turn. To read `factor` times as many, each
 # scaling below slows pairs down until the angles fit again: (theta, dim, cfg, original, length) -> (inv_freq_J, factor of
 # cos and sin). `original`, cfg.rope_original or else seq_len, is the length trained on before scaling; what it does differs:
 #   none, linear, ntk   nothing
@@ -229,10 +248,8 @@ def rope_llama3(theta, dim, cfg, original, length):
     code of Llama 3.1."""
     inv_freq_J = turns(theta, dim)
     wave_J = 2 * math.pi / inv_freq_J                                          # tokens of a whole turn
-    keep_J = (original / wave_J - cfg.rope_low) / (cfg.rope_high - cfg.rope_low)
-    mixed_J = (1 - keep_J) * inv_freq_J / cfg.rope_factor + keep_J * inv_freq_J
-    mixed_J = torch.where(wave_J < original / cfg.rope_high, inv_freq_J, mixed_J)
-    return torch.where(wave_J > original / cfg.rope_low, inv_freq_J / cfg.rope_factor, mixed_J), 1.0
+    keep_J = ((original / wave_J - cfg.rope_low) / (cfg.rope_high - cfg.rope_low)).clamp(0, 1)
+    return (1 - keep_J) * inv_freq_J / cfg.rope_factor + keep_J * inv_freq_J, 1.0
 
 
 def yarn_m(factor, mscale=1.0):
@@ -276,22 +293,14 @@ def inverse_frequencies(dim, theta, scaling, cfg, length):
     return ROPE_SCALINGS[scaling](theta, dim, cfg, cfg.rope_original or cfg.seq_len, length)
 
 
-def swap_halves(x):
-    return x.roll(x.shape[-1] // 2, -1)                                        # pairs j and j + P/2 (Llama)
-
-
-def swap_neighbours(x):
-    return x.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)                    # pairs 2j and 2j + 1 (the paper, DeepSeek, GLM)
-
-
-ROPE_LAYOUTS = {                   # flag --rope_layout: what puts its partner in a channel's place, the axis of 2 in the pairs
-    "half": (swap_halves, -2),
-    "interleaved": (swap_neighbours, -1),                  # the same after an order of channels, which q . k does not see
-}
+ROPE_LAYOUTS = {                   # flag --rope_layout: (puts in each channel's place its partner, axis that stacks a pair's two)
+    "half": (lambda x: x.roll(x.shape[-1] // 2, -1), -2),                                # j with j + P/2: Llama
+    "interleaved": (lambda x: x.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2), -1),     # 2j with 2j + 1: paper, DeepSeek, GLM
+}                                  # they differ in the order of channels alone, which q . k does not see
 
 
 class Rope:
-    """Turns the pairs among the first dim channels of every head by the angle position * theta^(-2j/dim), the rest pass.
+    """Turns pair j of the first dim channels of every head by the angle position * inv_freq_j; the other channels pass.
 
     (q R(t)) . (k R(s)) = q R(t - s) . k. Turning rows from the right instead of columns from the left flips only the sign of
     the angle: distances count the other way. Either trains as well, but a checkpoint needs the sign it was trained with."""
@@ -380,19 +389,11 @@ PATTERNS = {                       # also keys of --attn
 }
 
 
-def t5_bias(cfg, distance_TS, this):
-    bucket_TS = t5_bucket(distance_TS, cfg.t5_buckets, cfg.t5_distance, both_ways=not this.causal)
-    return this.rel_bias(bucket_TS).permute(2, 0, 1)[None]
+def sparse_sizes(cfg):
+    """(stride, width) of the sparse patterns."""
+    stride = cfg.sparse_stride or math.ceil(cfg.seq_len**0.5)
+    return stride, cfg.sparse_width or max(1, stride // 4)
 
-
-def alibi_bias(cfg, distance_TS, this):
-    return -alibi_slopes(cfg.n_head).to(distance_TS.device).view(1, -1, 1, 1) * distance_TS.abs()
-
-
-POSITION_BIAS = {                  # [1, H, T, S], added to the scores
-    "t5": t5_bias,
-    "alibi": alibi_bias,
-}
 
 # ---- Places and masks (made once a forward pass for each kind of layer) ----
 
@@ -409,42 +410,6 @@ class Pass:
     dtype: torch.dtype = torch.float32       # of queries and keys
 
 
-class Places:
-    """What one kind of layer reads of a Pass. `rope` turns heads; `added` joins the scores: a bias, and -inf where a key is hidden
-    (None: nothing is, or the causal rule alone, which SDPA knows); `stored` says that the scores are to be kept in memory."""
-
-    def __init__(self, cfg, layer, this):
-        mixer, past, device = ATTENTION[layer.attn], this.past, this.positions_BT.device
-        T = this.positions_BT.shape[1]
-        self.positions_BT, self.causal, self.rope, self.turns = this.positions_BT, this.causal, unturned, False
-        self.doc_BT = None if this.doc_BS is None else this.doc_BS[:, past:]
-        self.doc_before_B = None if this.doc_BS is None or not past else this.doc_BS[:, past - 1]
-        if cfg.pos == "rope" and mixer.rotary(cfg) > 0:
-            self.rope, self.turns = rope_of(cfg, layer, this, past + T), True
-        if mixer.recurrent:
-            return
-        kept = min(past, layer.window - 1) if layer.window else past                 # what LayerCache holds
-        q_T1, k_1S = torch.arange(past, past + T, device=device)[:, None], torch.arange(past - kept, past + T, device=device)[None]
-        self.distance_TS = k_1S - q_T1
-        self.stored = small_half(this.dtype, device, kept + T) or bool(cfg.attn_softcap or cfg.sinks or cfg.pos == "shaw")
-        visible = seen_keys(cfg, layer, this, q_T1, k_1S)
-        bias = POSITION_BIAS[cfg.pos](cfg, self.distance_TS, this).to(this.dtype) if cfg.pos in POSITION_BIAS else None
-        if visible is None and this.causal and T > 1 and (self.stored or bias is not None):
-            visible = (self.distance_TS <= 0)[None, None]
-        self.added = hide(bias, visible, this.dtype)
-
-    @classmethod
-    def of_memory(cls, this, memory_doc_BS):
-        """The places of an encoder's output as the decoder sees them: padding (document -1) hidden, packed documents apart."""
-        at, visible = cls.__new__(cls), None
-        if memory_doc_BS is not None:
-            doc_B1S = memory_doc_BS[:, None]
-            visible = (doc_B1S >= 0 if this.doc_BS is None else doc_B1S == this.doc_BS[:, this.past:, None])[:, None]
-        at.positions_BT, at.causal, at.rope, at.turns, at.stored = this.positions_BT, False, unturned, False, False
-        at.added = hide(None, visible, this.dtype)
-        return at
-
-
 def hide(bias, visible, dtype):
     """bias [B or 1, H or 1, T, S], or zeros, with -inf where a key is not visible."""
     if visible is None:
@@ -457,14 +422,18 @@ def small_half(dtype, device, S):
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and S <= 1024
 
 
-def sparse_sizes(cfg):
-    """(stride, width) of the sparse patterns."""
-    stride = cfg.sparse_stride or math.ceil(cfg.seq_len**0.5)
-    return stride, cfg.sparse_width or max(1, stride // 4)
+def places_in_documents(doc_BS, S, device):
+    """Each token's place in its own document, from 0: [B or 1, S]. Documents lie in one piece."""
+    index_1S = torch.arange(S, device=device)[None]
+    if doc_BS is None:
+        return index_1S
+    begins_BS = F.pad(doc_BS[:, 1:] != doc_BS[:, :-1], (1, 0), value=True)
+    return index_1S - (index_1S * begins_BS).cummax(1).values
 
 
 def seen_keys(cfg, layer, this, q_T1, k_1S):
-    """bool [B or 1, H or 1, T, S], or None where the plain rule (all keys up to my own place) says the same."""
+    """bool [B or 1, H or 1, T, S], or None where no mask is needed: every key is seen, or every key up to the query's own place,
+    which SDPA knows as is_causal while nothing is cached."""
     T, S, keys = len(q_T1), k_1S.shape[1], this.past + len(q_T1)
     fits = not layer.window or keys <= layer.window or this.causal and T == 1
     plain = fits and layer.attn not in PATTERNS and this.doc_BS is None and this.prefix_B is None and this.image_BS is None
@@ -494,23 +463,55 @@ def seen_keys(cfg, layer, this, q_T1, k_1S):
     return see
 
 
-def places_in_documents(doc_BS, S, device):
-    """Each token's place in its own document, from 0: [B or 1, S]. Documents lie in one piece."""
-    index_1S = torch.arange(S, device=device)[None]
-    if doc_BS is None:
-        return index_1S
-    begins_BS = F.pad(doc_BS[:, 1:] != doc_BS[:, :-1], (1, 0), value=True)
-    return index_1S - (index_1S * begins_BS).cummax(1).values
+def rope_base(cfg, attn):
+    """(base, scaling) of a mixer: layers with a window may have a base of their own, which is never scaled."""
+    local = attn == "swa" and cfg.rope_local_theta
+    return (cfg.rope_local_theta, "none") if local else (cfg.rope_theta, cfg.rope_scaling)
 
 
 def rope_of(cfg, layer, this, length):
-    """The turning of one kind of layer: layers with a window may have their own base, which is never scaled."""
-    local = layer.attn == "swa" and cfg.rope_local_theta
-    dim = ATTENTION[layer.attn].rotary(cfg)
-    theta, scaling = (cfg.rope_local_theta, "none") if local else (cfg.rope_theta, cfg.rope_scaling)
+    """The turning of one kind of layer."""
+    mixer, (theta, scaling) = ATTENTION[layer.attn], rope_base(cfg, layer.attn)
+    dim = mixer.rotary(cfg)
     inv_freq_J, factor = inverse_frequencies(dim, theta, scaling, cfg, length)
-    dtype = torch.promote_types(this.dtype, torch.float32) if ATTENTION[layer.attn].recurrent else this.dtype
+    dtype = torch.promote_types(this.dtype, torch.float32) if mixer.recurrent else this.dtype
     return Rope(this.positions_BT, dim, inv_freq_J, factor, cfg.rope_layout, dtype)
+
+
+class Places:
+    """What one kind of layer reads of a Pass. `rope` turns heads (`turns`: RoPE is on); `added` joins the scores: a bias, and
+    -inf where a key is hidden (None: no bias and no mask); `stored`: the scores are to be kept in memory."""
+
+    def __init__(self, cfg, layer, this):
+        mixer, past, device = ATTENTION[layer.attn], this.past, this.positions_BT.device
+        T = this.positions_BT.shape[1]
+        self.positions_BT, self.causal, self.rope, self.turns = this.positions_BT, this.causal, unturned, False
+        self.doc_BT = None if this.doc_BS is None else this.doc_BS[:, past:]
+        self.doc_before_B = None if this.doc_BS is None or not past else this.doc_BS[:, past - 1]
+        if cfg.pos == "rope" and mixer.rotary(cfg) > 0:
+            self.rope, self.turns = rope_of(cfg, layer, this, past + T), True
+        if mixer.recurrent:
+            return
+        kept = min(past, layer.window - 1) if layer.window else past                 # what LayerCache holds
+        k_1S = torch.arange(past - kept, past + T, device=device)[None]
+        q_T1 = k_1S[:, kept:].T
+        self.distance_TS = k_1S - q_T1
+        changed = cfg.attn_softcap or cfg.sinks or cfg.pos == "shaw"                 # scores that SDPA does not make
+        self.stored = small_half(this.dtype, device, kept + T) or bool(changed)
+        visible = seen_keys(cfg, layer, this, q_T1, k_1S)
+        bias = POSITION_BIAS[cfg.pos](cfg, self.distance_TS, this).to(this.dtype) if cfg.pos in POSITION_BIAS else None
+        if visible is None and this.causal and T > 1 and (self.stored or bias is not None):
+            visible = (self.distance_TS <= 0)[None, None]
+        self.added = hide(bias, visible, this.dtype)
+
+
+def places_of_memory(this, memory_doc_BS):
+    """The places of an encoder's output as the decoder sees them: padding (document -1) hidden, packed documents apart."""
+    visible = None
+    if memory_doc_BS is not None:
+        doc_B1S = memory_doc_BS[:, None]
+        visible = (doc_B1S >= 0 if this.doc_BS is None else doc_B1S == this.doc_BS[:, this.past:, None])[:, None]
+    return SimpleNamespace(causal=False, rope=unturned, stored=False, added=hide(None, visible, this.dtype))
 
 
 # ---- Cache (what is remembered about the past) ----
@@ -567,8 +568,10 @@ class Cache:
                 new_BT = old_BS[:, -1:].expand(B, T) if goes_on else blank(T)
             return torch.cat([old_BS, new_BT], 1)
 
-        if self.image_BS is not None and image_BT is not None and ((self.image_BS[:, -1] == image_BT[:, 0]) & (image_BT[:, 0] > 0)).any():
-            raise UsageError("an image goes on from one call to the next, so it could not see itself both ways; give it in one piece")
+        if self.image_BS is not None and image_BT is not None:
+            if ((self.image_BS[:, -1] == image_BT[:, 0]) & (image_BT[:, 0] > 0)).any():
+                raise UsageError("an image goes on from one call to the next, so it could not see itself both ways; "
+                                 "give it in one piece")
         self.doc_BS, self.image_BS = longer(self.doc_BS, doc_ids_BT, True), longer(self.image_BS, image_BT, False)
         return self.doc_BS, self.image_BS
 
@@ -578,6 +581,28 @@ class Cache:
 
 
 # ---- Softmax attention (one function for every softmax variant) ----
+
+def products(q_BHTK, k_BHSK, v_BHSU, added, dropout=0.0, softcap=0.0, sinks=None, shaw=None):
+    """softmax(q k^T + added) v with the scores in memory, where options can change them."""
+    score_BHTS = q_BHTK @ k_BHSK.mT
+    if shaw:
+        key_JK, value_JU, index = shaw
+        score_BHTS = score_BHTS + (q_BHTK @ key_JK.T.to(q_BHTK.dtype)).gather(-1, index.expand_as(score_BHTS))     # [Shaw eq 5]
+    if softcap:
+        score_BHTS = softcap * torch.tanh(score_BHTS / softcap)                                           # [Gem2 sec 2]
+    if added is not None:
+        score_BHTS = score_BHTS + added
+    scores = score_BHTS
+    if sinks is not None:
+        sink = sinks.to(score_BHTS.dtype).view(1, score_BHTS.shape[1], -1, 1)                 # [1, G, H/G, 1] in decoding
+        scores = torch.cat([score_BHTS, sink.expand(*score_BHTS.shape[:3], 1)], -1)                       # [GptOss sec 2.2]
+    p_BHTS = F.dropout(scores.softmax(-1)[..., :k_BHSK.shape[2]], dropout)
+    y_BHTU = p_BHTS @ v_BHSU
+    if shaw:                       # sum_s p_s a_{s-t}: add up the probability of each relative position first      [Shaw eq 3]
+        p_BHTJ = p_BHTS.new_zeros(*p_BHTS.shape[:3], len(value_JU)).scatter_add(-1, index.expand_as(p_BHTS), p_BHTS)
+        y_BHTU = y_BHTU + p_BHTJ @ value_JU.to(p_BHTJ.dtype)
+    return y_BHTU
+
 
 def attend(q_BTHK, k_BSGK, v_BSGU, at, scale, dropout=0.0, softcap=0.0, sinks=None, shaw=None):
     """softmax(scale q k^T + mask) v -> [B, T, H, U]; each key head serves H/G neighbouring query heads.  [AIAYN eq 1]
@@ -594,35 +619,26 @@ def attend(q_BTHK, k_BSGK, v_BSGU, at, scale, dropout=0.0, softcap=0.0, sinks=No
     elif G < H:                    # [GQA sec 2.2] the cache shrinks by H/G, the scores do not
         k_BSGK, v_BSGU = (t.repeat_interleave(H // G, dim=2) for t in (k_BSGK, v_BSGU))
     q_BHTK, k_BHSK, v_BHSU = (t.transpose(1, 2) for t in (q_BTHK, k_BSGK, v_BSGU))
-    if not at.stored:
+    if at.stored:
+        y_BHTU = products(q_BHTK * scale, k_BHSK, v_BHSU, added, dropout, softcap, sinks, shaw)
+    else:
         assert not softcap and sinks is None and shaw is None, "these need the scores"
         causal = at.causal and T > 1 and added is None
-        y_BHTU = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSU, added, dropout_p=dropout, is_causal=causal, scale=scale)
-        return y_BHTU.reshape(B, 1, H, -1) if T == 1 else y_BHTU.transpose(1, 2)
-
-    score_BHTS = (q_BHTK * scale) @ k_BHSK.transpose(-1, -2)
-    if shaw:
-        key_JK, value_JU, index = shaw
-        score_BHTS = score_BHTS + (q_BHTK * scale @ key_JK.T.to(q_BHTK.dtype)).gather(-1, index.expand_as(score_BHTS))   # [Shaw eq 5]
-    if softcap:
-        score_BHTS = softcap * torch.tanh(score_BHTS / softcap)                                           # [Gem2 sec 2]
-    if added is not None:
-        score_BHTS = score_BHTS + added
-    scores = score_BHTS
-    if sinks is not None:
-        sink = sinks.to(score_BHTS.dtype).view(1, score_BHTS.shape[1], -1, 1)
-        scores = torch.cat([score_BHTS, sink.expand(*score_BHTS.shape[:3], 1)], -1)                       # [GptOss sec 2.2]
-    p_BHTS = F.dropout(scores.softmax(-1)[..., :S], dropout)
-    y_BHTU = p_BHTS @ v_BHSU
-    if shaw:                       # sum_s p_s a_{s-t}: add up the probability of each relative position first      [Shaw eq 3]
-        p_BHTJ = p_BHTS.new_zeros(*p_BHTS.shape[:3], len(value_JU)).scatter_add(-1, index.expand_as(p_BHTS), p_BHTS)
-        y_BHTU = y_BHTU + p_BHTJ @ value_JU.to(p_BHTJ.dtype)
+        y_BHTU = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSU, added, dropout, is_causal=causal, scale=scale)
     return y_BHTU.reshape(B, 1, H, -1) if T == 1 else y_BHTU.transpose(1, 2)
 
 
 # ---- MHA, GQA, MQA and windows (all keys, shared ones, or near ones) ----
 
+# A mixer, here and below, is Mixer(cfg, layer) with forward(x_BTD, at, cache): Places and a LayerCache. It says what it costs,
+# macs(T) and kept(T), and its class answers before one is built: recurrent, and rotary(cfg), the channels that RoPE turns.
+
 QK_NORMS = ("none", "head", "width")       # flag --qk_norm
+
+
+def gated(mixer, x_BTD, y):
+    """sigmoid(W x) * y where --attn_gate asks for it.                                                    [Gate eq 5]"""
+    return y if mixer.w_gate is None else torch.sigmoid(mixer.w_gate(x_BTD)) * y
 
 
 class MHA(nn.Module):
@@ -638,7 +654,8 @@ class MHA(nn.Module):
             raise UsageError(f"--n_kv_head={G} does not divide --n_head={H}: each key head must serve the same number of query "
                              f"heads; use one of {fits}")
         if layer.attn in ("strided", "fixed") and H < 2:
-            raise UsageError(f"--attn={layer.attn} gives its heads different keys, so it needs --n_head=2 or more; use --attn=sparse for one")
+            raise UsageError(f"--attn={layer.attn} gives its heads different keys, so it needs --n_head=2 or more; "
+                             "use --attn=sparse for one")
         self.n_head, self.n_kv_head, self.head_dim = H, G, K
         self.dropout, self.softcap, self.clip, self.window = cfg.attn_dropout, cfg.attn_softcap, cfg.clip_qkv, layer.window
         self.scale = (cfg.attn_scale or K**-0.5) / (layer.index + 1 if cfg.scale_by_layer else 1)
@@ -665,7 +682,6 @@ class MHA(nn.Module):
 
     @staticmethod
     def rotary(cfg):
-        """Channels of a head that RoPE turns."""
         return int(head_dim(cfg) * cfg.rope_fraction)
 
     def queries(self, x_BTD, at):
@@ -702,18 +718,14 @@ class MHA(nn.Module):
         return self.w_o(gated(self, x_BTD, y_BTHU.flatten(2)))
 
     def macs(self, T):
-        """Multiply-adds of one token beyond its projections when T are read at once: q.k and p.v of all heads."""
+        """Multiply-adds of one token beyond its projections when T are read at once: q . k, which LRPE makes twice as wide, and
+        p v of all heads."""
         return T * self.n_head * self.head_dim * (3 if self.lrpe is not None else 2)
 
     def kept(self, T):
         """Numbers in the cache of one sequence after T tokens."""
         tokens = min(T, self.window - 1) if self.window else T
         return tokens * self.n_kv_head * self.head_dim * (3 if self.lrpe is not None else 2)
-
-
-def gated(mixer, x_BTD, y):
-    """sigmoid(W x) * y where --attn_gate asks for it.                                                    [Gate eq 5]"""
-    return y if mixer.w_gate is None else torch.sigmoid(mixer.w_gate(x_BTD)) * y
 
 
 class GQA(MHA):
@@ -730,7 +742,8 @@ class MQA(MHA):
     @staticmethod
     def kv_heads(cfg):
         if cfg.n_kv_head > 1:
-            raise UsageError(f"--attn=mqa has one key/value head, not --n_kv_head={cfg.n_kv_head}; use --attn=gqa or leave it out")
+            raise UsageError(f"--attn=mqa has one key/value head, not --n_kv_head={cfg.n_kv_head}; "
+                             "use --attn=gqa or leave it out")
         return 1
 
 
@@ -762,7 +775,7 @@ class MLA(nn.Module):
         width = head_dim(cfg)
         for field, off in (("qk_norm", "none"), ("clip_qkv", 0.0), ("scale_by_layer", False)):
             if getattr(cfg, field) != off:
-                raise UsageError(f"--{field}={getattr(cfg, field)} is for attn=mha and its relatives; MLA has norms of its own: leave it out")
+                raise UsageError(f"--{field}={getattr(cfg, field)} is for --attn=mha and its relatives; leave it out")
         if cfg.pos in ("shaw", "lrpe"):
             raise UsageError(f"--pos={cfg.pos} changes keys head by head, and MLA's heads share one latent; use --pos=rope")
         self.n_head, self.dropout, self.softcap, self.window = cfg.n_head, cfg.attn_dropout, cfg.attn_softcap, layer.window
@@ -772,7 +785,7 @@ class MLA(nn.Module):
             raise UsageError(f"--qk_rope_head_dim={self.rope_dim} is odd, and RoPE turns pairs; use {self.rope_dim + 1}")
         D, H, N, P, U, R = cfg.n_embd, cfg.n_head, self.nope, self.rope_dim, self.v_dim, self.kv_rank
         self.scale = cfg.attn_scale or (N + P)**-0.5
-        if cfg.rope_scaling != "none" and cfg.rope_mscale_all:   # DeepSeek's YaRN sharpens all of q . k, not the rotary part alone
+        if cfg.rope_scaling != "none" and cfg.rope_mscale_all:   # DeepSeek's YaRN sharpens all of q . k, not its rotary part
             self.scale *= yarn_m(cfg.rope_factor, cfg.rope_mscale_all) ** 2
         self.w_dq = nn.Linear(D, cfg.q_lora_rank, bias=cfg.qkv_bias) if cfg.q_lora_rank else None
         self.q_gain = nn.Parameter(torch.ones(cfg.q_lora_rank)) if cfg.q_lora_rank else None
@@ -832,11 +845,11 @@ class MLA(nn.Module):
 
 # ---- Linear attention (a state instead of a cache) ----
 #
-# Without the softmax the past can be summed once: y_t = sum_{s <= t} (q_t . k_s) v_s = q_t S_t with S_t = sum_s k_s v_s^T, a
-# K x U matrix a head however long the text. The variants differ in what becomes of S before a token is added to it:
-#     linear                  S_t = S_{t-1} + k_t v_t^T                                        nothing is forgotten
-#     lightning, transnormer  S_t = e^{-slope} S_{t-1} + k_t v_t^T                             a fixed half-life a head
-#     gdn, kda                S_t = (I - beta k_t k_t^T) e^{g_t} S_{t-1} + beta k_t v_t^T      what k_t points to is replaced
+# Without the softmax the past can be summed once: y_t = sum_{s <= t} (q_t . k_s) v_s = q_t M_t with M_t = sum_s k_s v_s^T, a
+# K x U matrix a head however long the text. The variants differ in what becomes of M before a token is added to it:
+#     linear                  M_t = M_{t-1} + k_t v_t^T                                        nothing is forgotten
+#     lightning, transnormer  M_t = e^{-slope} M_{t-1} + k_t v_t^T                             a fixed half-life a head
+#     gdn, kda                M_t = (I - beta k_t k_t^T) e^{g_t} M_{t-1} + beta k_t v_t^T      what k_t points to is replaced
 
 def documents(doc_BT, doc_before_B, like):
     """doc_BT and the document of the token before it; one document without end where there is no doc_BT."""
@@ -846,7 +859,7 @@ def documents(doc_BT, doc_before_B, like):
 
 
 def recurrence(q_BTHK, k_BTHK, v_BTHU, log_decay_BTHJ, beta_BTH=None, state_BHKU=None, doc_BT=None, doc_before_B=None, tile=64):
-    """-> y_t = q_t S_t [B, T, H, U] and the last S [B, H, K, U], in float32 or wider. J is 1 (a decay per head) or K (per
+    """-> y_t = q_t M_t [B, T, H, U] and the last M [B, H, K, U], in float32 or wider. J is 1 (a decay per head) or K (per
     channel); without beta nothing is corrected. A document starts from an empty state.
 
     Tiles of C tokens: their C^2 pairs directly, all before them through the state, so no loop over tokens.  [LA2 alg 1]"""
@@ -868,8 +881,8 @@ def recurrence(q_BTHK, k_BTHK, v_BTHU, log_decay_BTHJ, beta_BTH=None, state_BHKU
             left_BHCCJ = (sum_BHCJ[:, :, :, None] - sum_BHCJ[:, :, None]).masked_fill(~visible_B1CC1, -torch.inf).exp()
             old_BHCJ = sum_BHCJ.masked_fill(fresh_B1C1, -torch.inf).exp()
             if beta_BTH is not None:
-                # a token writes its value less what its key reads already, in the old state and in the tile's writes before
-                # it: a triangular system, solved for both at once where the WY form solves for each                     [GDN]
+                # a token writes its value less what its key reads already, in the old state and in the writes before it in
+                # the tile: (I + known below the diagonal) write = beta (value - read of the old state)                  [GDN]
                 beta_BHC1 = beta_BTH[:, here].to(wide).transpose(1, 2)[..., None]
                 write_BHCU = beta_BHC1 * (write_BHCU - (k_BHCK * old_BHCJ) @ state_BHKU)
                 known_BHCC = beta_BHC1 * decayed_scores(k_BHCK, k_BHCK, left_BHCCJ)
@@ -897,7 +910,7 @@ class Recurrent(nn.Module):
     """What the variants share: H heads of q, k, v, and a state that goes from call to call in cache.kept."""
     recurrent = True
 
-    def __init__(self, cfg, spec):
+    def __init__(self, cfg, layer):
         super().__init__()
         if cfg.tile < 1:
             raise UsageError(f"--tile={cfg.tile}: the past is summed in tiles of at least one token; use --tile=64")
@@ -918,6 +931,7 @@ class Recurrent(nn.Module):
         return [w(x_BTD).unflatten(-1, (self.n_head, self.head_dim)) for w in (self.w_q, self.w_k, self.w_v)]
 
     def before(self, cache, n=1):
+        """The n states that the last call left; None each where there was none."""
         return list(cache.kept) if cache is not None and cache.kept else [None] * n
 
     def keep(self, cache, T, *states):
@@ -933,7 +947,7 @@ class Recurrent(nn.Module):
         return self.n_head * self.key_dim * self.value_dim
 
 
-# ---- Linear ----
+# ---- Linear (positive features instead of e^(q . k)) ----
 
 FEATURE_MAPS = {                   # flag --feature_map: phi with phi(q) . phi(k) >= 0, so that weights can be shares of a sum
     "elu": lambda x: F.elu(x) + 1,                                                                            # [LinTr eq 7]
@@ -947,8 +961,8 @@ FEATURE_MAPS = {                   # flag --feature_map: phi with phi(q) . phi(k
 class Linear(Recurrent):
     """y_t = sum_s (phi(q_t) . phi(k_s)) v_s / sum_s phi(q_t) . phi(k_s), the softmax's e^(q . k) replaced.        [LinTr]"""
 
-    def __init__(self, cfg, spec):
-        super().__init__(cfg, spec)
+    def __init__(self, cfg, layer):
+        super().__init__(cfg, layer)
         if cfg.feature_map not in FEATURE_MAPS:
             raise UsageError(f"--feature_map={cfg.feature_map} is not a feature map; use one of {list(FEATURE_MAPS)}")
         self.phi, self.turns = FEATURE_MAPS[cfg.feature_map], cfg.pos == "rope"
@@ -976,17 +990,17 @@ class Linear(Recurrent):
         return self.w_o((y_BTHU / (sum_BTH1 + 1e-6)).flatten(2).to(v_BTHU.dtype))
 
 
-# ---- Lightning, TransNormer ----
+# ---- Lightning, TransNormer (each head forgets at its own fixed pace) ----
 
 class Lightning(Recurrent):
     """MiniMax-Text-01's layer: no denominator, so the output is normalised; no RoPE, the decay tells near from far. Heads
     forget at different paces, and the deeper the layer, the slower.                                          [MiniMax]"""
 
-    def __init__(self, cfg, spec):
-        super().__init__(cfg, spec)
-        self.pace = 1 - spec.index / (cfg.n_layer - 1 + 1e-5) + 1e-5       # 1 in the first layer, nearly 0 in the last
+    def __init__(self, cfg, layer):
+        super().__init__(cfg, layer)
+        self.pace = 1 - layer.index / (cfg.n_layer - 1 + 1e-5) + 1e-5       # 1 in the first layer, nearly 0 in the last
         D, H, K = cfg.n_embd, self.n_head, self.head_dim
-        self.norm = nn.RMSNorm(H * K, eps=1e-6)              # over all heads
+        self.norm = RMSNorm(H * K, 1e-6)                     # over all heads
         self.w_gate = nn.Linear(D, H * K, bias=False)
 
     def slopes(self, like):
@@ -998,7 +1012,7 @@ class Lightning(Recurrent):
         y_BTHU, state_BHKU = decayed_attention(q_BTHK, k_BTHK, v_BTHU, self.slopes(x_BTD), *self.before(cache),
                                                at.doc_BT, at.doc_before_B, self.tile)
         self.keep(cache, x_BTD.shape[1], state_BHKU)
-        y_BTF = rmsnorm(y_BTHU.flatten(2), self.norm.weight, self.norm.eps).to(v_BTHU.dtype)
+        y_BTF = self.norm(y_BTHU.flatten(2)).to(v_BTHU.dtype)
         return self.w_o(self.w_gate(x_BTD).sigmoid() * y_BTF)
 
 
@@ -1006,11 +1020,11 @@ class TransNormer(Recurrent):
     """TransNormerLLM's layer, as released: v and the gate stay raw, the norm has no gain, and --pos=lrpe doubles the key
     width by a learned turn, [x cos(theta t), x sin(theta t)].                                                   [TNL]"""
 
-    def __init__(self, cfg, spec):
-        super().__init__(cfg, spec)
-        self.pace = 1 - spec.index / max(1, cfg.n_layer - 1) + 1e-5
+    def __init__(self, cfg, layer):
+        super().__init__(cfg, layer)
+        self.pace = 1 - layer.index / max(1, cfg.n_layer - 1) + 1e-5
         D, H, K = cfg.n_embd, self.n_head, self.head_dim
-        self.turns = cfg.pos == "lrpe" and (not cfg.lrpe_layers or spec.index < cfg.lrpe_layers)
+        self.turns = cfg.pos == "lrpe" and (not cfg.lrpe_layers or layer.index < cfg.lrpe_layers)
         if self.turns:
             self.lrpe, self.key_dim = given(lrpe_start(H, K)), 2 * K
         self.w_gate = nn.Linear(D, H * K, bias=False)
@@ -1033,24 +1047,24 @@ class TransNormer(Recurrent):
         return self.w_o(self.w_gate(x_BTD) * y_BTF)
 
 
-# ---- Gated DeltaNet, Kimi Delta Attention ----
+# ---- Gated DeltaNet, Kimi Delta Attention (a memory that is corrected) ----
 
 class GatedDeltaNet(Recurrent):
     """A memory that is corrected: all decays by e^g, then the token replaces a share beta of what its key points to; both
     are read from the token. Keys of unit length make I - beta k k^T a contraction.                           [GDN eq 10]"""
     gate = staticmethod(F.silu)
 
-    def __init__(self, cfg, spec):
-        super().__init__(cfg, spec)
+    def __init__(self, cfg, layer):
+        super().__init__(cfg, layer)
         D, H, K = cfg.n_embd, self.n_head, self.head_dim
-        self.scores = self.reads = 2                         # keys ask as queries do; the triangular solution is not counted
+        self.scores = self.reads = 2                         # keys ask as queries do; the triangular solve is not counted
         self.taps = 4                                        # width of the convolution
         self.conv = given(torch.eye(self.taps)[-1].repeat(3 * H * K, 1))       # begins by passing its input on
         self.w_beta = nn.Linear(D, H, bias=False)
         self.w_decay, self.w_gate, J = self.gates(D, H, K)
         step_J = torch.logspace(-3, -1, H * J)               # paces spread evenly over what the authors draw from
         self.dt_bias, self.a_log = given(step_J.expm1().log()), given(torch.linspace(1, 16, H).log())
-        self.norm = nn.RMSNorm(K, eps=1e-6)                  # per head
+        self.norm = RMSNorm(K, 1e-6)                         # per head
 
     @staticmethod
     def gates(D, H, K):
@@ -1079,7 +1093,7 @@ class GatedDeltaNet(Recurrent):
                                         self.w_beta(x_BTD).sigmoid(), state_BHKU, at.doc_BT, at.doc_before_B, self.tile)
         self.keep(cache, x_BTD.shape[1], state_BHKU, tail_BCF)
         gate_BTHU = self.gate(self.w_gate(x_BTD)).view_as(y_BTHU)
-        return self.w_o((gate_BTHU * rmsnorm(y_BTHU, self.norm.weight, self.norm.eps).to(gate_BTHU.dtype)).flatten(2))
+        return self.w_o((gate_BTHU * self.norm(y_BTHU).to(gate_BTHU.dtype)).flatten(2))
 
     def kept(self, T):
         return super().kept(T) + (self.taps - 1) * len(self.conv)
@@ -1089,8 +1103,8 @@ class KDA(GatedDeltaNet):
     """Kimi Delta Attention: every key channel forgets at its own pace.                                               [KDA]"""
     gate = staticmethod(torch.sigmoid)
 
-    def __init__(self, cfg, spec):
-        super().__init__(cfg, spec)
+    def __init__(self, cfg, layer):
+        super().__init__(cfg, layer)
         self.tile = max(1, cfg.tile // 4)            # a tile's pairs take C C K numbers here, not C C
 
     @staticmethod
@@ -1117,53 +1131,45 @@ ATTENTION = {                      # flag --attn
 
 # ---- Demo and bench ----
 
-def alone(cfg, attn, past=0, T=9):
-    """A layer by itself: (mixer, Places of T tokens after `past`)."""
-    layer = Layer(0, attn, cfg.window or (cfg.seq_len // 4 if attn == "swa" else 0))
-    return layer, Places(cfg, layer, Pass(torch.arange(past, past + T)[None], past))
-
-
 def demo():
     cfg = AttentionConfig(n_embd=1024, n_head=16, seq_len=4096)
-    print(f"n_embd {cfg.n_embd}, n_head {cfg.n_head}, rows of {cfg.seq_len:,} tokens: one layer, bfloat16\n")
-    print(f"{'attn':12s}{'parameters':>11s}{'MFLOPs a token':>15s}{'cache, KiB':>12s}{'of mha':>8s}{'a token more':>14s}   last token equals the full pass")
+    print(f"n_embd {cfg.n_embd}, n_head {cfg.n_head}, rows of {cfg.seq_len:,} tokens: one layer, bfloat16 (states float32)\n")
+    print(f"{'attn':12s}{'parameters':>11s}{'MFLOPs a token':>15s}{'cache, KiB':>12s}{'of mha':>8s}{'a token more':>14s}"
+          "   last token equals the full pass")
     torch.manual_seed(0)
     x_BTD, full = torch.randn(1, 9, cfg.n_embd), 0
     for name, variant in ATTENTION.items():
-        layer, at = alone(cfg, name)
+        layer = Layer(0, name, cfg.seq_len // 4 if name == "swa" else 0)
         mixer, cache = variant(cfg, layer), LayerCache(layer.window)
+        places = lambda past, T: Places(cfg, layer, Pass(torch.arange(past, past + T)[None], past))
         with torch.no_grad():
-            want = mixer(x_BTD, at)[:, -1]
-            mixer(x_BTD[:, :8], alone(cfg, name, 0, 8)[1], cache)
-            got = mixer(x_BTD[:, 8:], alone(cfg, name, 8, 1)[1], cache)[:, 0]
-        T, parameters = cfg.seq_len, sum(p.numel() for p in mixer.parameters())
-        kept, more = 2 * mixer.kept(T), 2 * (mixer.kept(T + 1) - mixer.kept(T))
+            want = mixer(x_BTD, places(0, 9))[:, -1]
+            mixer(x_BTD[:, :8], places(0, 8), cache)
+            got = mixer(x_BTD[:, 8:], places(8, 1), cache)[:, 0]
+        T, parameters, size = cfg.seq_len, sum(p.numel() for p in mixer.parameters()), 4 if mixer.recurrent else 2
+        kept, more = size * mixer.kept(T), size * (mixer.kept(T + 1) - mixer.kept(T))
         full = full or kept
-        print(f"{name:12s}{parameters:11,}{2 * (parameters + mixer.macs(T)) / 1e6:15,.1f}{kept / 1024:12,.0f}{kept / full:8.1%}{more:12,} B"
-              f"   to {(got - want).abs().max():.0e}")
+        print(f"{name:12s}{parameters:11,}{2 * (parameters + mixer.macs(T)) / 1e6:15,.1f}{kept / 1024:12,.0f}{kept / full:8.1%}"
+              f"{more:12,} B   to {(got - want).abs().max():.0e}")
 
 
 def bench(shapes=((12, 256, 6, 64), (4, 1024, 6, 64))):
     """Both paths of `attend` on this machine: forward and backward, milliseconds, documents of about 200 tokens."""
-    from kernels import best_ms
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for B, T, H, K in shapes:
         for dtype in (torch.float32, torch.bfloat16):
-            q, k, v = (torch.randn(B, T, H, K, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-            doc_ids = (torch.rand(B, T, device=device) < 1 / 200).cumsum(1)
+            q_BTHK, k_BTHK, v_BTHK = (torch.randn(B, T, H, K, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+            doc_BT = (torch.rand(B, T, device=device) < 1 / 200).cumsum(1)
             cfg = AttentionConfig(n_head=H, head_dim=K, pos="none")
-            added = Places(cfg, Layer(0, "mha"), Pass(torch.arange(T, device=device)[None], doc_BS=doc_ids, dtype=dtype)).added
+            at = Places(cfg, Layer(0, "mha"), Pass(torch.arange(T, device=device)[None], doc_BS=doc_BT, dtype=dtype))
 
-            def products():
-                qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
-                return ((qh * K**-0.5) @ kh.transpose(-1, -2) + added).softmax(-1) @ vh
+            def step(stored):
+                at.stored = stored
+                attend(q_BTHK, k_BTHK, v_BTHK, at, K**-0.5).sum().backward()
 
-            def sdpa():
-                return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), added)
-
-            step = lambda f: lambda: f().sum().backward()
-            a, b = best_ms([step(products), step(sdpa)], device)
-            print(f"B {B} T {T} H {H} K {K} {str(dtype)[6:]:9s} products {a:8.2f} ms   sdpa {b:8.2f} ms   ratio {b / a:.2f}", flush=True)
+            plain, sdpa = best_ms([lambda: step(True), lambda: step(False)], device)
+            print(f"B {B} T {T} H {H} K {K} {str(dtype)[6:]:9s} products {plain:8.2f} ms   sdpa {sdpa:8.2f} ms   "
+                  f"ratio {sdpa / plain:.2f}", flush=True)
 
 
 def main(argv):

@@ -11,7 +11,7 @@ computed from the token alone. Everything that differs between GPT-2, BERT, T5, 
     SwiGLU(x) = W_down (silu(W_gate x) * W_up x)               gated                                        [GLU eq 6]
     and in general, for each of the two:   x = after( alpha x + beta post( f( pre(x) ) ) )                   (--norm_at)
 
-Contents:    config and presets | norms | activations and MLP | block | Model | generation | initial weights | sizes |
+Contents:    config and presets | norms | activations and MLP | block | initial weights | generation | Model | sizes |
              drawing | Hugging Face folders | demo and command line
 Shapes:      B batch, T queries, S source tokens, D n_embd, F d_ff, V vocab, M rows (B T flattened)
 References:
@@ -30,7 +30,6 @@ import itertools
 import json
 import math
 import re
-import string
 import textwrap
 import warnings
 from collections import namedtuple
@@ -46,7 +45,7 @@ import torch.nn.functional as F
 import dist
 from attention import (ATTENTION, FEATURE_MAPS, PATTERNS, POSITION_BIAS, POSITIONS, QK_NORMS, ROPE_LAYOUTS, ROPE_SCALINGS,
                        AttentionConfig, Cache, Cross, Layer, Pass, Places, RMSNorm, head_dim, inverse_frequencies,
-                       places_in_documents, seen_keys, sinusoid, sparse_sizes, t5_bucket)
+                       places_in_documents, places_of_memory, rope_base, seen_keys, sinusoid, sparse_sizes, t5_bucket)
 from kernels import linear_cross_entropy, to_autocast
 from moe import ROUTERS, MoE, MoEConfig
 from tokenizer import Parser, UsageError, add_flags, atomic_write, run_cli
@@ -114,10 +113,10 @@ PRESETS = {                        # flag --preset: many flags at once, later fl
                  head_bias=True, vocab_size=30522, lr=1e-4),                                           # base
     "transnormer": dict(n_layer=12, n_head=12, n_embd=768, d_ff=2048, attn="transnormer", pos="lrpe", lrpe_layers=1, norm="srms",
                         act="bilinear", embed_scale=True, tie_embeddings=False, seq_len=1024, lr=6e-4),     # at GPT-2's size
-    "deepseek-v3": dict(n_layer=61, n_head=128, n_embd=7168, attn="mla", q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
-                        qk_rope_head_dim=64, v_head_dim=128, rope_layout="interleaved", d_ff=18432, moe=True, n_expert=256,
-                        n_active=8, n_shared_expert=1, d_expert=2048, n_dense_layer=3, routed_scale=2.5, seq_len=4096,
-                        vocab_size=129280, tie_embeddings=False),
+    "deepseek-v3": dict(n_layer=61, n_head=128, n_embd=7168, attn="mla", q_lora_rank=1536, kv_lora_rank=512,
+                        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, rope_layout="interleaved", d_ff=18432,
+                        moe=True, n_expert=256, n_active=8, n_shared_expert=1, d_expert=2048, n_dense_layer=3,
+                        routed_scale=2.5, seq_len=4096, vocab_size=129280, tie_embeddings=False),
 }
 
 ARCHS = {                          # flag --arch
@@ -134,7 +133,8 @@ def layer_plan(cfg, n_layer=0):
     for item in (cfg.layers or cfg.attn).split(","):
         name, _, count = item.strip().partition("*")
         if name not in ATTENTION or not re.fullmatch("|[1-9][0-9]{0,5}", count):
-            raise UsageError(f"--layers={cfg.layers}: {item!r} is neither a mixer nor mixer*count, as in swa*5,mha; mixers are {list(ATTENTION)}")
+            raise UsageError(f"--layers={cfg.layers}: {item!r} is neither a mixer nor mixer*count, as in swa*5,mha; "
+                             f"mixers are {list(ATTENTION)}")
         names += [name] * int(count or 1)
 
     def window(name):
@@ -184,15 +184,18 @@ def validate(cfg):
     if cfg.rope_low >= cfg.rope_high:
         raise UsageError(f"--rope_low={cfg.rope_low} must be below --rope_high={cfg.rope_high}, for example 1 and 4")
     if cfg.rope_beta_slow >= cfg.rope_beta_fast:
-        raise UsageError(f"--rope_beta_slow={cfg.rope_beta_slow} must be below --rope_beta_fast={cfg.rope_beta_fast}, for example 1 and 32")
+        raise UsageError(f"--rope_beta_slow={cfg.rope_beta_slow} must be below --rope_beta_fast={cfg.rope_beta_fast}, "
+                         "for example 1 and 32")
     if cfg.norm_one_plus and cfg.norm != "rms":
         raise UsageError(f"--norm_one_plus is for --norm=rms, not {cfg.norm}; leave it out")
     if cfg.moe and cfg.n_dense_layer >= cfg.n_layer:
-        raise UsageError(f"--n_dense_layer={cfg.n_dense_layer} leaves no block of --n_layer={cfg.n_layer} for experts; use a smaller one, for example 0")
+        raise UsageError(f"--n_dense_layer={cfg.n_dense_layer} leaves no block of --n_layer={cfg.n_layer} for experts; "
+                         "use a smaller one, for example 0")
     for layer in layer_plan(cfg):
         mixer = ATTENTION[layer.attn]
         if mixer.recurrent and cfg.arch != "decoder":
-            raise UsageError(f"--attn={layer.attn} reads from left to right, which --arch={cfg.arch} does not; use a softmax variant such as mha")
+            raise UsageError(f"--attn={layer.attn} reads from left to right, which --arch={cfg.arch} does not; "
+                             "use a softmax variant such as mha")
         if mixer.recurrent and cfg.pos in POSITION_BIAS | {"shaw": None}:
             raise UsageError(f"--pos={cfg.pos} changes softmax scores, and --attn={layer.attn} has none; use --pos=rope or none")
         if cfg.pos == "rope" and (mixer.rotary(cfg) or not mixer.recurrent):     # widths that cannot turn are refused in there
@@ -286,7 +289,8 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, D, cfg):
         if D % cfg.norm_groups or D == cfg.norm_groups:
             fits = [g for g in range(1, min(65, D)) if D % g == 0]
-            raise UsageError(f"--norm_groups={cfg.norm_groups} does not cut the width {D} into equal groups of two or more; use one of {fits}")
+            raise UsageError(f"--norm_groups={cfg.norm_groups} does not cut the width {D} into equal groups of two or more; "
+                             f"use one of {fits}")
         super().__init__(cfg.norm_groups, D, eps=cfg.norm_eps)
 
     def forward(self, x_BTD):
@@ -338,7 +342,7 @@ ACTIVATIONS = {                    # flag --act: name -> (function, gated)
     "mish": (F.mish, False),                                       # x tanh(softplus(x))                     [Mish]
     "tanh": (torch.tanh, False),
     "sigmoid": (torch.sigmoid, False),
-    "glu": (torch.sigmoid, True),                                  # [GLU eq 6], and the next four
+    "glu": (torch.sigmoid, True),                                  # this and all below                      [GLU eq 6]
     "bilinear": (nn.Identity(), True),
     "reglu": (F.relu, True),
     "geglu": (F.gelu, True),
@@ -349,9 +353,8 @@ ACTIVATIONS = {                    # flag --act: name -> (function, gated)
 
 def hidden_width(cfg):
     """d_ff, or 4 n_embd; a gated MLP has three matrices, so two thirds of that, rounded up to a multiple of 32."""
-    if cfg.d_ff:
-        return cfg.d_ff
-    return -(-8 * cfg.n_embd // 3 // 32) * 32 if ACTIVATIONS[cfg.act][1] else 4 * cfg.n_embd
+    gated = ACTIVATIONS[cfg.act][1]
+    return cfg.d_ff or (math.ceil(8 * cfg.n_embd / (3 * 32)) * 32 if gated else 4 * cfg.n_embd)
 
 
 def activation(cfg, width):
@@ -360,6 +363,8 @@ def activation(cfg, width):
 
 
 class MLP(nn.Module):
+    """W_down act(W_up x), or gated: W_down (act(W_gate x) * W_up x)."""
+
     def __init__(self, cfg, d_ff):
         super().__init__()
         self.act, self.gated = activation(cfg, d_ff), ACTIVATIONS[cfg.act][1]
@@ -386,19 +391,22 @@ PLACEMENTS = {                     # flag --norm_at: which of the norms (before 
 }
 
 
-def residual_factors(cfg, role, encoder=False):
-    """(alpha, beta) around a sublayer; role is "", "_linear" or "_mlp"."""
-    alpha = getattr(cfg, f"res_alpha{role}") or cfg.res_alpha
-    beta = getattr(cfg, f"res_beta{role}") or cfg.res_beta
-    return alpha or (deepnorm(cfg, encoder)[0] if cfg.norm_at == "deepnorm" else 1.0), beta or 1.0
-
-
 def deepnorm(cfg, encoder=False):
     """(alpha, gain of the initial weights) for N encoder and M decoder layers.                       [DeepNet fig 2]"""
     N, M = cfg.n_enc_layer or cfg.n_layer, cfg.n_layer
     if cfg.arch != "encdec":
         return (2 * M) ** 0.25, (8 * M) ** -0.25
-    return (0.81 * (N**4 * M) ** 0.0625, 0.87 * (N**4 * M) ** -0.0625) if encoder else ((3 * M) ** 0.25, (12 * M) ** -0.25)
+    if encoder:
+        return 0.81 * (N**4 * M) ** 0.0625, 0.87 * (N**4 * M) ** -0.0625
+    return (3 * M) ** 0.25, (12 * M) ** -0.25
+
+
+def residual_factors(cfg, role, encoder=False):
+    """(alpha, beta) around a sublayer; role is "", "_linear" or "_mlp"."""
+    alpha = getattr(cfg, f"res_alpha{role}") or cfg.res_alpha
+    beta = getattr(cfg, f"res_beta{role}") or cfg.res_beta
+    usual = deepnorm(cfg, encoder)[0] if cfg.norm_at == "deepnorm" else 1.0
+    return alpha or usual, beta or 1.0
 
 
 class Residual(nn.Module):
@@ -409,7 +417,7 @@ class Residual(nn.Module):
         has = PLACEMENTS[cfg.norm_at]
         self.pre, self.post, self.after = (NORMS[cfg.norm](cfg.n_embd, cfg) if place in has else nn.Identity()
                                            for place in ("pre", "post", "after"))
-        self.base = 1 if cfg.norm_at == "prenorm_residual" else 0          # what is added to: x itself or pre(x)
+        self.onto_norm = cfg.norm_at == "prenorm_residual"                 # what is added to: pre(x) or x itself
         alpha, beta = factors
         self.sum = torch.add if factors == (1, 1) else lambda x_BTD, y_BTD: alpha * x_BTD + beta * y_BTD
         self.dropout = nn.Dropout(cfg.resid_dropout)
@@ -417,10 +425,12 @@ class Residual(nn.Module):
     def forward(self, x_BTD, f, *args):
         h_BTD = self.pre(x_BTD)
         y_BTD = self.dropout(self.post(f(h_BTD, *args)))
-        return self.after(self.sum((x_BTD, h_BTD)[self.base], y_BTD))
+        return self.after(self.sum(h_BTD if self.onto_norm else x_BTD, y_BTD))
 
 
 class Block(nn.Module):
+    """A mixer, in decoders that have an encoder cross-attention, and an MLP or experts, each in a Residual."""
+
     def __init__(self, cfg, layer, encoder=False):
         super().__init__()
         factors = partial(residual_factors, cfg, encoder=encoder)
@@ -428,7 +438,8 @@ class Block(nn.Module):
         self.res1 = Residual(cfg, factors("_linear" if self.attn.recurrent else ""))
         self.cross = self.res_cross = None
         if cfg.arch == "encdec" and not encoder:
-            self.cross, self.res_cross = Cross(replace(cfg, pos="none", sinks=False, attn_softcap=0.0), replace(layer, window=0)), Residual(cfg, factors(""))
+            plain = replace(cfg, pos="none", sinks=False, attn_softcap=0.0)
+            self.cross, self.res_cross = Cross(plain, replace(layer, window=0)), Residual(cfg, factors(""))
         self.mlp = (MoE if layer.moe else MLP)(cfg, hidden_width(cfg))
         self.res2 = Residual(cfg, factors("_mlp"))
 
@@ -437,6 +448,90 @@ class Block(nn.Module):
         if self.cross is not None:
             x_BTD = self.res_cross(x_BTD, self.cross, memory_BSD, at_memory, cross_cache)
         return self.res2(x_BTD, self.mlp)
+
+
+# ---- Initial weights (a function of seed and name) ----
+
+@contextlib.contextmanager
+def undrawn():
+    """Layers made in here get no weights of torch's drawing: init_parameters draws them all."""
+    drawn = {layer: layer.reset_parameters for layer in (nn.Linear, nn.Embedding)}
+    for layer in drawn:
+        layer.reset_parameters = lambda self: None
+    try:
+        yield
+    finally:
+        for layer, reset in drawn.items():
+            layer.reset_parameters = reset
+
+
+@torch.no_grad()
+def init_parameters(model, cfg):
+    """Normal weights, smaller where a block writes to the stream (2L such writes add up); gains are one, biases zero, and what
+    is given stays. Each tensor is drawn from (seed, its name), so it does not depend on what else is in the model or where it
+    lives. With --norm_at=deepnorm Xavier's spread, times a gain where values pass.                      [DeepNet fig 2]"""
+    for name, p in model.named_parameters():
+        if p.is_meta or getattr(p, "given", False):
+            continue
+        if p.ndim == 1:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            writes = "w_o." in name or "w_down" in name
+            std = cfg.init_std / (2 * cfg.n_layer) ** 0.5 if writes else cfg.init_std                  # [GPT2 sec 2.3]
+            if cfg.norm_at == "deepnorm" and "blocks" in name:
+                passes = writes or "w_v." in name or ".mlp." in name
+                gain = deepnorm(cfg, encoder=name.startswith("enc_"))[1] if passes else 1.0
+                std = gain * (2 / sum(p.shape[-2:])) ** 0.5
+            number = int.from_bytes(hashlib.sha256(f"{cfg.seed}/{name}".encode()).digest()[:8], "little") >> 1
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(number)) * std)
+
+
+# ---- Generation (which id comes next?) ----
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Every module in evaluation; afterwards each is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def left_padded(prompts, vocab_size, device):
+    """(tokens [B, T], which of them are real) of a tensor [B, T], or of a list of unequal rows of ids."""
+    rows = [torch.as_tensor(row) for row in prompts]
+    if not rows or any(row.ndim != 1 or not len(row) or row.is_floating_point() for row in rows):
+        raise UsageError("prompts are rows of at least one id each, for example [[5, 3], [7]] or a tensor [B, T]; begin an empty one "
+                         "with the end-of-text id")
+    if any(int(row.min()) < 0 or int(row.max()) >= vocab_size for row in rows):
+        raise UsageError(f"a prompt holds an id that is not among the {vocab_size} of the model; use its own tokenizer")
+    T = max(len(row) for row in rows)
+    tokens_BT = torch.stack([F.pad(row.long().to(device), (T - len(row), 0)) for row in rows])
+    real_BT = torch.stack([torch.arange(T, device=device) >= T - len(row) for row in rows])
+    return tokens_BT, real_BT
+
+
+def penalised(logits_BV, penalty):
+    """Less likely by `penalty`, whatever the logit's sign ([CTRL sec 4.1] divides; negative ones are multiplied by now)."""
+    return torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+
+
+def pick(logits_BV, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """One id for each row of logits."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    if top_k:
+        least_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+    prob_BV = ((logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_p < 1:
+        sorted_BV, order_BV = prob_BV.sort(-1, descending=True)
+        sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= top_p] = 0          # what comes before already reaches top_p
+        prob_BV = torch.zeros_like(prob_BV).scatter(1, order_BV, sorted_BV)
+    return torch.multinomial(prob_BV, 1, generator=generator).squeeze(1)
 
 
 # ---- Model (decoder, encoder, or both) ----
@@ -464,7 +559,9 @@ class Model(nn.Module):
             self.rel_bias = nn.Embedding(cfg.t5_buckets, cfg.n_head) if cfg.pos == "t5" else None
             self.blocks = nn.ModuleList(Block(cfg, layer) for layer in self.plan)
             self.norm = norm(ends_in_norm)
-            self.mlm_dense, self.mlm_act, self.mlm_norm = (nn.Linear(D, D), activation(cfg, D), norm()) if cfg.mlm_head else [None] * 3
+            self.mlm_dense = self.mlm_act = self.mlm_norm = None
+            if cfg.mlm_head:
+                self.mlm_dense, self.mlm_act, self.mlm_norm = nn.Linear(D, D), activation(cfg, D), norm()
             self.pooler = nn.Linear(D, D) if cfg.pooler else None
             self.head = None if cfg.headless else self.embed if cfg.tie_embeddings else nn.Linear(D, cfg.vocab_size, bias=False)
             self.head_bias = nn.Parameter(torch.zeros(cfg.vocab_size)) if cfg.head_bias else None
@@ -493,7 +590,7 @@ class Model(nn.Module):
             raise UsageError(f"{length} tokens, but learned positions end at --seq_len={self.cfg.seq_len}; give fewer tokens")
 
     def locate(self, tokens_BT, positions, doc_ids, cache, prefix_len, image):
-        """The Pass of these tokens, after those in the cache, which is told of them."""
+        """The Pass of these tokens, which the cache is told of and places after its own."""
         past, (B, T), device = cache.length if cache else 0, tokens_BT.shape, tokens_BT.device
         self.refuse_beyond(past + T)
         if prefix_len is not None and (self.cfg.arch != "prefix" or past):
@@ -525,17 +622,17 @@ class Model(nn.Module):
             x_BSD = block(x_BSD, places[layer.kind])
         return self.dropout(self.enc_norm(x_BSD))
 
-    def hidden(self, tokens, dec=None, *, positions=None, doc_ids=None, cache=None, prefix_len=None, enc_doc_ids=None, types=None,
-               embeds=None, image=None):
+    def hidden(self, tokens, dec=None, *, positions=None, doc_ids=None, cache=None, prefix_len=None, enc_doc_ids=None,
+               types=None, embeds=None, image=None):
         """The normalised residual stream [B, T, D] that the head reads. tokens [B, T]; of an encoder-decoder the source [B, S],
         and dec [B, T]. By keyword, where there is more to say:
-            doc_ids [B, T]      each token's document: documents of a row do not see each other, -1 is padding; enc_doc_ids of a source
+            doc_ids [B, T]      documents of a row do not see each other, -1 is padding; enc_doc_ids [B, S] those of a source
             positions [B, T]    where they are not those in the document
             cache               new_cache(): it holds the tokens before these, and is extended by them
             prefix_len [B]      --arch=prefix: so many tokens see each other both ways
             types [B, T]        BERT's segments
-            image, embeds       [B, T], [B, T, D]: tokens with the same number above 0 are an image; they see each other both ways,
-                                and embeds stand in for their embeddings                                     (Gemma 3)"""
+            image [B, T]        tokens with the same number above 0 are one image, which sees itself both ways     (Gemma 3)
+            embeds [B, T, D]    stand in for the embeddings of images"""
         memory = at_memory = None
         if (self.cfg.arch == "encdec") != (dec is not None):
             raise UsageError(f"--arch={self.cfg.arch} reads " + ("two texts: m(source, decoder_tokens)" if dec is None else
@@ -547,7 +644,7 @@ class Model(nn.Module):
             tokens = dec
         this = self.locate(tokens, positions, doc_ids, cache, prefix_len, image)
         if dec is not None:
-            at_memory = Places.of_memory(this, enc_doc_ids)
+            at_memory = places_of_memory(this, enc_doc_ids)
         if cache and dec is not None:
             cache.memory = memory, enc_doc_ids
         x_BTD = self.embedded(tokens, this.positions_BT, types, embeds, image)
@@ -596,7 +693,8 @@ class Model(nn.Module):
         return Cache(self.plan)
 
     @torch.no_grad()
-    def stream(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, generator=None, repetition_penalty=1.0, stop=()):
+    def stream(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, generator=None, repetition_penalty=1.0,
+               stop=()):
         """Yield the next ids [B] of each row, one call of the model a step, until there are max_new_tokens of them or every
         row has met an id of `stop` (a row that has goes on repeating it). Arguments as in generate."""
         if self.cfg.arch == "encoder" or self.head is None:
@@ -619,7 +717,8 @@ class Model(nn.Module):
             seen_BV.scatter_(1, tokens_BT.where(real_BT, tokens_BT[:, -1:]), True)
         if self.cfg.arch == "prefix":
             where["prefix_len"] = tokens_BT.new_full((B,), tokens_BT.shape[1])
-        stop_ids, done_B = torch.tensor([int(token) for token in stop], device=device), torch.zeros(B, dtype=torch.bool, device=device)
+        stop_ids = torch.tensor([int(token) for token in stop], device=device)
+        done_B = torch.zeros(B, dtype=torch.bool, device=device)
         cache = self.new_cache()
         for _ in range(max_new_tokens):
             with evaluating(self):
@@ -652,87 +751,6 @@ class Model(nn.Module):
             end = next((i + 1 for i, token in enumerate(ids) if token in how["stop"]), len(ids))
             rows.append(torch.cat([row, row.new_tensor(ids[:end])]))
         return rows
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Every module in evaluation; afterwards each is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def left_padded(prompts, vocab_size, device):
-    """(tokens [B, T], which of them are real) of a tensor [B, T], or of a list of unequal rows of ids."""
-    rows = [torch.as_tensor(row) for row in prompts]
-    if not rows or any(row.ndim != 1 or not len(row) or row.is_floating_point() for row in rows):
-        raise UsageError("prompts are rows of at least one id each, for example [[5, 3], [7]] or a tensor [B, T]; begin an empty one "
-                         "with the end-of-text id")
-    if any(int(row.min()) < 0 or int(row.max()) >= vocab_size for row in rows):
-        raise UsageError(f"a prompt holds an id that is not among the {vocab_size} of the model; use its own tokenizer")
-    T = max(len(row) for row in rows)
-    tokens_BT = torch.stack([F.pad(row.long().to(device), (T - len(row), 0)) for row in rows])
-    real_BT = torch.stack([torch.arange(T, device=device) >= T - len(row) for row in rows])
-    return tokens_BT, real_BT
-
-
-def penalised(logits_BV, penalty):
-    """Less likely by `penalty`, whatever the logit's sign ([CTRL sec 4.1] divides; negative ones are multiplied by now)."""
-    return torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-
-
-def pick(logits_BV, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """One id for each row of logits."""
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    if top_k:
-        least_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
-    prob_BV = ((logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    if top_p < 1:
-        sorted_BV, order_BV = prob_BV.sort(-1, descending=True)
-        sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= top_p] = 0          # what comes before already reaches top_p
-        prob_BV = torch.zeros_like(prob_BV).scatter(1, order_BV, sorted_BV)
-    return torch.multinomial(prob_BV, 1, generator=generator).squeeze(1)
-
-
-# ---- Initial weights (a function of seed and name) ----
-
-@contextlib.contextmanager
-def undrawn():
-    """Layers made in here get no weights of torch's drawing: init_parameters draws them all."""
-    drawn = {layer: layer.reset_parameters for layer in (nn.Linear, nn.Embedding)}
-    for layer in drawn:
-        layer.reset_parameters = lambda self: None
-    try:
-        yield
-    finally:
-        for layer, reset in drawn.items():
-            layer.reset_parameters = reset
-
-
-@torch.no_grad()
-def init_parameters(model, cfg):
-    """Normal weights, smaller where a block writes to the stream (2L such writes add up), gains one, biases zero, what is given
-    as it is. Each tensor is drawn from (seed, its name), so it does not depend on what else is in the model
-    or where it lives. With --norm_at=deepnorm Xavier's spread, times a gain where values pass.          [DeepNet fig 2]"""
-    for name, p in model.named_parameters():
-        if p.is_meta or getattr(p, "given", False):
-            continue
-        elif p.ndim == 1:
-            p.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            writes = "w_o." in name or "w_down" in name
-            std = cfg.init_std / (2 * cfg.n_layer) ** 0.5 if writes else cfg.init_std                  # [GPT2 sec 2.3]
-            if cfg.norm_at == "deepnorm" and "blocks" in name:
-                gain = deepnorm(cfg, encoder=name.startswith("enc_"))[1] if writes or "w_v." in name or ".mlp." in name else 1.0
-                std = gain * (2 / sum(p.shape[-2:])) ** 0.5
-            number = int.from_bytes(hashlib.sha256(f"{cfg.seed}/{name}".encode()).digest()[:8], "little") >> 1
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(number)) * std)
 
 
 # ---- Sizes (what does it cost?) ----
@@ -797,7 +815,7 @@ def human(n, unit=""):
     """1234567 -> 1.23M, with a unit 1.23 MB: three digits."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G" if unit else "B", 1e9), ("M", 1e6), ("k", 1e3)):
         if n >= 0.9995 * size:
-            return f"{n / size:#.3g}".rstrip(".") + f" {prefix}{unit}" if unit else f"{n / size:#.3g}".rstrip(".") + prefix
+            return f"{n / size:#.3g}".rstrip(".") + " " * bool(unit) + prefix + unit
     return f"{n:.0f} {unit}".strip()
 
 
@@ -858,10 +876,9 @@ def describe(model, seq_len=0):
 def rope_lines(cfg, plan, T):
     """How many tokens a whole turn of the pairs takes, before and after scaling."""
     tables, out = {}, []
-    for layer in plan if cfg.pos == "rope" else ():              # as in attention.rope_of
-        local = layer.attn == "swa" and cfg.rope_local_theta
-        base = (cfg.rope_local_theta, "none") if local else (cfg.rope_theta, cfg.rope_scaling)
-        tables.setdefault((ATTENTION[layer.attn].rotary(cfg), *base), set()).add(layer.attn)
+    for layer in plan if cfg.pos == "rope" else ():
+        key = ATTENTION[layer.attn].rotary(cfg), *rope_base(cfg, layer.attn)
+        tables.setdefault(key, set()).add(layer.attn)
     for (dim, theta, scaling), names in tables.items():
         for how in dict.fromkeys(("none", scaling) if dim else ()):
             wave_J = 2 * math.pi / inverse_frequencies(dim, theta, how, cfg, T)[0]
@@ -885,17 +902,12 @@ STYLE = """*{fill:currentColor} text{font-family:ui-sans-serif,system-ui,'Segoe 
 .matrix{fill-opacity:.26;stroke:currentColor;stroke-width:.8} .tied{fill:none;stroke:currentColor;stroke-dasharray:4 3}
 .flow,.heads,.cut{fill:none;stroke:currentColor;stroke-width:1.3} .heads{stroke-width:.5} .cut{stroke-width:5}
 .tint{fill-opacity:.34} .cell{shape-rendering:crispEdges}"""
-STAGES = {       # tensors of a branch from left to right: | is an arrow, * what is not named here, work has no weights
-    "attn": "w_dq w_dkv | q_gain kv_gain | w_q w_k w_v * w_ukv w_gate | q_norm k_norm lrpe shaw_k shaw_v sinks rel_bias | work | "
+STAGES = {       # tensors of a branch from left to right: | an arrow, / on top of each other, * all not named, work no weights
+    "attn": "w_dq w_dkv | q_gain/kv_gain | w_q/w_ukv w_k w_v * w_gate | q_norm/k_norm lrpe shaw_k/shaw_v sinks rel_bias | work | "
             "norm | w_o",
     "mlp": "router | w_gate w_up * | act.beta | work | w_down",
 }
-LETTERS = string.ascii_uppercase * 9
 THIN, BREAK, TALL, WIDE = 1.5, 300, 130, 1000      # pixels: least side of a tensor, longest vocabulary, widest stream, page
-
-
-def dims(shape):
-    return "×".join(map(str, shape)) or "1"
 
 
 def text_width(said, size, css=""):
@@ -907,7 +919,7 @@ class Sheet:
     lines into pages. ends: where arrows may touch it, at y = 0. points: places that will be joined to others."""
 
     def __init__(self):
-        self.svg, self.box, self.ends, self.points, self.low = [], [0, 0, 0, 0], None, {}, False
+        self.svg, self.box, self.ends, self.points = [], [0, 0, 0, 0], None, {}
 
     def put(self, x, y, w, h, svg=""):
         l, t, r, b = self.box
@@ -925,9 +937,9 @@ class Sheet:
         left = x - wide * ("start", "middle", "end").index(anchor) / 2
         self.put(left, y - size, wide, size * 1.3, f'<text class="{css}" {at}>{html.escape(said)}</text>')
 
-    def labels(self, x, y, lines):
+    def labels(self, y, lines):
         for k, line in enumerate(lines):
-            self.text(x, y + 12 + 11 * k, line, "mono soft" if k else "mono ink", 9, "middle")
+            self.text(0, y + 12 + 11 * k, line, "mono soft" if k else "mono ink", 9, "middle")
 
     def path(self, x, y, d, css="flow line", more=""):
         self.svg.append(f'<path class="{css}" d="M{x:.2f} {y:.2f}{d}"{more}/>')
@@ -944,25 +956,33 @@ class Sheet:
         return [x + end for end in other.ends or (l, r)]
 
 
-def row(sheets, gap=10, arrow=0):
+def word(said):
+    out = Sheet()
+    out.text(4, 4, said, "ink bold", 10.5)
+    return out
+
+
+def row(sheets, arrow=0):
     """Side by side along y = 0, with arrows to the right (1) or to the left (-1) between them."""
     out, x = Sheet(), 0
     for sheet in sheets:
-        left, right = out.paste(sheet, x, 0)
+        left, right = out.paste(sheet, x - sheet.box[0], 0)
         if arrow and out.ends:
             a, b = (out.ends[1] + 3, left - 3)[::arrow]
             out.arrow(a, 0, b - a)
-        out.ends, x = ((out.ends or [left])[0], right), out.box[2] + gap
+        out.ends, x = ((out.ends or [left])[0], right), out.box[2] + (24 if arrow else 10)
     return out
 
 
 def pile(sheets, fork=0):
-    """On top of each other around y = 0; what forks has a way to and from each of them, where the stream itself is at y = 0."""
-    out, heights = Sheet(), [sheet.box[3] - sheet.box[1] + (16 if fork else 6) for sheet in sheets]
-    wide = max(sheet.box[2] for sheet in sheets)
+    """On top of each other around y = 0; fork pixels wide, if any, is the way from the stream to each of them, and back."""
+    if len(sheets) == 1:
+        return sheets[0]
+    out, gap = Sheet(), 16 if fork else 6
+    heights, wide = [b - t + gap for l, t, r, b in (s.box for s in sheets)], max(s.box[2] - s.box[0] for s in sheets)
     for k, sheet in enumerate(sheets):
         y = sum(heights[:k]) - sum(heights) / 2 - sheet.box[1]
-        left, right = out.paste(sheet, fork or (wide - sheet.box[2]) / 2, y)
+        left, right = out.paste(sheet, fork or (wide - sheet.box[2] - sheet.box[0]) / 2, y)
         if fork:
             out.arrow(0, 0, 0, y, left - 3)
             out.path(right + 3, y, f"H{wide + 2 * fork}V0")
@@ -970,25 +990,14 @@ def pile(sheets, fork=0):
     return out
 
 
-def stage(sheets):
-    """Side by side, but what is low stands on top of each other, by threes."""
-    columns = []
-    for sheet in sheets:
-        if columns and sheet.low and columns[-1][0].low and len(columns[-1]) < 3:
-            columns[-1].append(sheet)
-        else:
-            columns.append([sheet])
-    return row([pile(column) if len(column) > 1 else column[0] for column in columns])
-
-
 def work(lines, *paths):
     """A box for what has no weights: paths (d, css, opacity) in 32 x 32 pixels."""
-    out, middle = Sheet(), max(44, *(text_width(line, 9) for line in lines)) / 2
-    out.rect(middle - 22, -22, 44, 44, "op page", rx=5)
+    out = Sheet()
+    out.rect(-22, -22, 44, 44, "op page", rx=5)
     for d, css, opacity in paths:
-        out.path(middle - 16, -16, d, css, f' opacity="{opacity:.2f}"')
-    out.labels(middle, 22, lines)
-    out.ends = middle - 22, middle + 22
+        out.path(-16, -16, d, css, f' opacity="{opacity:.2f}"')
+    out.labels(22, lines)
+    out.ends = -22, 22
     return out
 
 
@@ -999,27 +1008,24 @@ def acting(name):
     return work([name] + ["f(gate) up"] * ACTIVATIONS[name][1], (curve, "flow ink", 1))
 
 
-def mixing(cfg, layer, mixer, causal):
+def mixing(cfg, mixer, layer, causal):
     """Which of 16 keys (across) each of 16 queries (down) reads, darker the more heads do; or the state that is kept."""
     if mixer.recurrent:
         loop = "m11 11c0 -16 26 -12 21 3l-6 7"
         return work(["state", human(mixer.kept(1))], ("m2 12h18v18h-18z", "soft", 0.8), (loop, "flow line", 1))
-    n, see, name = 16, None, "causal" if causal else "all keys"
-    if isinstance(mixer, Cross):
-        causal, name = False, "all keys"
-    else:
-        this = Pass(torch.arange(n)[None], causal=causal, prefix_B=torch.tensor([6]) if cfg.arch == "prefix" else None)
-        small, near = replace(cfg, seq_len=n, sparse_stride=0, sparse_width=0), -(-layer.window * n // cfg.seq_len)
-        see = seen_keys(small, replace(layer, window=near), this, this.positions_BT.T, this.positions_BT)
-        name = "prefix" if cfg.arch == "prefix" else layer.attn if layer.attn in PATTERNS else name
-        name = f"{layer.window} keys" if layer.window else name
+    n, prefix, place_1S = 16, cfg.arch == "prefix", torch.arange(16)[None]
+    name = "prefix" if prefix else layer.attn if layer.attn in PATTERNS else "causal" if causal else "all keys"
+    small = replace(cfg, seq_len=n, sparse_stride=0, sparse_width=0)
+    near = replace(layer, window=math.ceil(layer.window * n / cfg.seq_len))
+    this = Pass(place_1S, causal=causal, prefix_B=torch.tensor([6]) if prefix else None)
+    see = seen_keys(small, near, this, place_1S.T, place_1S)
     share_TS = torch.ones(n, n).tril(0 if causal else n) if see is None else see[0].float().mean(0)
     paths = []
     for share in share_TS[share_TS > 0].unique().tolist():
         cells = (share_TS == share).nonzero().tolist()
         d = "".join(f"m{2 * s} {2 * t}h2v2h-2zm{-2 * s} {-2 * t}" for t, s in cells)
         paths.append((d, "soft cell", 0.2 + 0.6 * share))
-    return work(["softmax", name], *paths)
+    return work(["softmax", f"{layer.window} keys" if layer.window else name], *paths)
 
 
 class Picture:
@@ -1034,8 +1040,8 @@ class Picture:
         return {name.removeprefix(root).removesuffix(".weight"): name for name in self.shapes
                 if name.startswith(root) and not name.endswith(".bias")}
 
-    def told(self, name):
-        return f"{name} {dims(self.shapes[name])}"
+    def size(self, name):
+        return "×".join(map(str, self.shapes[name])) or "1"
 
     def tensor(self, label, name="", heads=0, tint=1, tied=False):
         """A tensor around y = 0, `tint` of its heads tinted, its bias on the side of its outputs. The stream's side stands
@@ -1047,43 +1053,44 @@ class Picture:
         w, h = max(THIN, wide * self.s), max(THIN, high * self.s)
         if cut := w > BREAK and part in ("embedding", "head"):
             w = BREAK
-        lines = [label, "= embed" if tied else dims(shape), *(f"+ bias {dims(self.shapes[b])}" for b in biases)]
-        middle = max(w, *(text_width(line, 9) for line in lines)) / 2
-        x, y, fan = middle - w / 2, -h / 2, min(4, shape[0]) if len(shape) == 3 else 1
+        lines = [label, "= embed" if tied else self.size(name), *(f"+ bias {self.size(b)}" for b in biases)]
+        x, y, fan = -w / 2, -h / 2, min(4, shape[0]) if len(shape) == 3 else 1
         for k in reversed(range(fan)):                           # stacked experts
             out.rect(x + 4 * k, y - 4 * k, w, h, "page")
             css = f"{part} {'tied' if tied else 'matrix' if len(shape) > 1 else ''}"
-            out.rect(x + 4 * k, y - 4 * k, w, h, css, "" if k or tied else self.told(name))
+            out.rect(x + 4 * k, y - 4 * k, w, h, css, "" if k or tied else f"{name} {self.size(name)}")
         for bias in biases:
             beside = writes or len(shape) == 1
             at = (x + w + 1.5, y, self.thin, h) if beside else (x, y - 1.5 - self.thin, w, self.thin)
-            out.rect(*at, part, self.told(bias))
+            out.rect(*at, part, f"{bias} {self.size(bias)}")
         if heads:
             out.rect(x, y, w * tint / heads, h, f"{part} tint")
             if w / heads > 2:
                 out.path(x, y, f"m{w / heads:.3f} 0v{h:.2f}m0 {-h:.2f}" * (heads - 1), f"{part} heads")
         if cut:
             out.path(x + 0.62 * w, y - 6, "".join(f"l{7 * (-1)**k} {(h + 12) / 8:.2f}" for k in range(8)), "cut page")
-        out.labels(middle, h / 2, lines)
-        out.ends, out.low, out.points = (x, x + w + 4 * (fan - 1)), h < 0.45 * self.band, {name: (middle, y)}
+        out.labels(h / 2, lines)
+        out.ends, out.points = (x, x + w + 4 * (fan - 1)), {name: (0, y)}
         return out
 
     def norm(self, label, name):
         """A norm of the stream itself lies across its band."""
         out, names = Sheet(), [n for n in dict.fromkeys((name, name.replace(".weight", ".bias"))) if n in self.shapes]
         for k, each in enumerate(names):
-            out.rect(0, (self.thin + 1.5) * k, self.band, self.thin, "norms", self.told(each))
-        out.text(self.band + 10, 5, f"{label} " + " + bias ".join(dims(self.shapes[each]) for each in names), "mono soft")
+            out.rect(0, (self.thin + 1.5) * k, self.band, self.thin, "norms", f"{each} {self.size(each)}")
+        out.text(self.band + 10, 5, f"{label} " + " + bias ".join(map(self.size, names)), "mono soft")
         return out
 
     def stages(self, key, tensors, between, heads={}):
         """The stages of a branch from {label: name}; heads {label: (how many, how many of them to tint)}."""
-        others = [label for label in tensors if label not in STAGES[key].split()]
+        others = [label for label in tensors if label not in re.split(r"[ |/]+", STAGES[key])]
         make = lambda label: between if label == "work" else self.tensor(label, tensors[label], *heads.get(label, ()))
+        out = []
         for part in STAGES[key].replace("*", " ".join(others)).split("|"):
-            sheets = [make(label) for label in part.split() if label in tensors or label == "work"]
-            if sheets:
-                yield stage(sheets)
+            columns = [[label for label in column.split("/") if label in tensors or label == "work"] for column in part.split()]
+            if sheets := [pile([make(label) for label in labels]) for labels in columns if labels]:
+                out.append(row(sheets))
+        return out
 
     def branch(self, title, sheets, norms):
         """What leaves the stream (the band at the left), works, and is added back above."""
@@ -1091,7 +1098,7 @@ class Picture:
         if "after" in norms:
             out.paste(self.norm(*norms["after"]), 0, 5)
         before, after = ([self.tensor(*norms[at])] if at in norms and not on_stream else [] for at in ("pre", "post"))
-        line = row([*before, *sheets, *after], 24, 1)
+        line = row([*before, *sheets, *after], 1)
         top = out.box[3] + 13
         y = top + 36 - line.box[1]
         left, right = out.paste(line, x, y)
@@ -1111,72 +1118,67 @@ class Picture:
         """Those of a block, first one first."""
         cfg, H = self.cfg, self.cfg.n_head
         norms = lambda res: {at: (f"{res}.{at}", name) for at, name in self.below(f"{root}{res}.").items()}
-        for inner, res, mixer in (("attn", "res1", block.attn), ("cross", "res_cross", block.cross)):
+        for inner, res, mixer, reads, title in (
+                ("attn", "res1", block.attn, (layer, causal), f"attention · {layer.attn}"),
+                ("cross", "res_cross", block.cross, (Layer(0, "mha"), False), "cross-attention · keys and values: encoder")):
             if mixer is None:
                 continue
             tensors, G = self.below(f"{root}{inner}."), getattr(mixer, "n_kv_head", H)
             if root.endswith("blocks.0.") and inner == "attn" and cfg.pos == "t5":     # one table for all blocks
                 tensors["rel_bias"] = root.replace("blocks.0.", "rel_bias.weight")
             heads = dict.fromkeys(("w_q", "w_o", "w_gate", "w_ukv"), (H, H // G)) | dict(w_k=(G, 1), w_v=(G, 1))
-            sheets = list(self.stages("attn", tensors, mixing(cfg, layer, mixer, causal), heads))
+            sheets = self.stages("attn", tensors, mixing(cfg, mixer, *reads), heads)
             sheets[0].box[1] -= 14 * (inner == "cross")          # room for what comes from the encoder
-            title = f"attention · {layer.attn}" if inner == "attn" else "cross-attention · keys and values from the encoder"
             yield self.branch(title + (f" · {H} query and {G} key heads" if G < H else f" · {H} heads"), sheets, norms(res))
-        tensors = self.below(f"{root}mlp.")
-        sheets, title = list(self.stages("mlp", tensors, acting(cfg.act))), "mlp"
+        own = lambda *parts: {label.removeprefix("experts.").removeprefix("shared."): name
+                              for label, name in self.below(f"{root}mlp.").items() if label.startswith(parts)}
+        lane = lambda act, *parts: self.stages("mlp", own(*parts), acting(act))
+        title, sheets = "mlp", [] if layer.moe else lane(cfg.act, "")
         if layer.moe:
-            title = f"experts · {cfg.n_active} of {cfg.n_expert} for each token"
-            share = lambda *parts: {label.split(".")[-1]: name for label, name in tensors.items() if label.startswith(parts)}
-            sheets = list(self.stages("mlp", share("router", "experts"), acting("swiglu")))
+            title, sheets = f"experts · {cfg.n_active} of {cfg.n_expert} for each token", lane("swiglu", "router", "experts")
             if cfg.n_shared_expert:
-                both = sheets, self.stages("mlp", share("shared"), acting("swiglu"))
-                sheets, title = [pile([row(lane, 24, 1) for lane in both], 20)], title + f" · {cfg.n_shared_expert} shared, below"
+                title += f" · {cfg.n_shared_expert} shared, below"
+                sheets = [pile([row(sheets, 1), row(lane("swiglu", "shared"), 1)], fork=20)]
         yield self.branch(title, sheets, norms("res2"))
 
     def stack(self, side=""):
         """Encoder or decoder, tokens at the bottom: embedding, each kind of block once, what comes after them."""
-        model, cfg, inside, x, cards = self.model, self.cfg, Sheet(), self.band + 40, []
+        model, cfg, inside, x, middle, cards = self.model, self.cfg, Sheet(), self.band + 40, self.band / 2, []
         there = lambda *labels: [self.tensor(label) for label in labels if f"{label}.weight" in self.shapes]
         tied = lambda label: [self.tensor(label, "embed.weight", tied=True)]
-        tops = [("memory", there("enc_norm"))]
+        tops = {"memory": there("enc_norm")}
         if not side:
             head = tied("head") if model.head is model.embed else there("head")
-            tops = [("hidden states" if cfg.headless else "logits", there("norm", "mlm_dense", "mlm_norm") + head)]
-            tops += [("summary of the first token", there("pooler"))] * cfg.pooler
-        for label, sheets in tops:
-            line, start = row(sheets, 24, 1), self.band / 2
+            tops = {"hidden states" if cfg.headless else "logits": there("norm", "mlm_dense", "mlm_norm") + head}
+            tops |= {"summary of the first token": there("pooler")} if cfg.pooler else {}
+        end = None                                               # of the stream
+        for label, sheets in tops.items():
+            line = row([*sheets, word(label)], 1)
             y = inside.box[3] + 16 - line.box[1]
-            if sheets:
-                left, right = inside.paste(line, x, y)
-                inside.arrow(start, y, left - 3 - start)
-                start = right + 3
-            end = max(x, start + 20)
-            inside.arrow(start, y, end - start)
-            inside.text(end + 6, y + 4, label, "ink bold", 10.5)
-            inside.points |= {label: (inside.box[2] + 6, y), "end": inside.points.get("end", (0, y - 8))}
+            end = y if end is None else end
+            left, right = inside.paste(line, x, y)
+            inside.arrow(middle, y, left - 3 - middle)
+            inside.points["out"] = right + 6, y
         kinds = kinds_of(*((model.enc_blocks, model.enc_plan) if side else (model.blocks, model.plan)))
-        for letter, (layer, block, at) in reversed([*zip(LETTERS, kinds)]):
+        for layer, block, at in reversed(kinds):
             top = inside.box[3] + 26
             inside.put(0, top, 1, 22)
             for each in reversed([*self.branches(layer, block, f"{side}blocks.{at[0]}.", cfg.arch != "encoder" and not side)]):
                 inside.paste(each, 0, inside.box[3])
             cards.append((top, inside.box[3] - top, len(at)))
-            where = textwrap.shorten(f"{'encoder ' * bool(side)}block {ranges(at)}", 60, placeholder=" ..")
-            inside.text(x, top + 18, letter, "ink bold", 12)
-            inside.text(x + 16, top + 18, where, "soft", 10)
-        line = row(there("embed_norm") + [row(tied("embed") if side else there("embed", "pos_embed", "type_embed"))], 24, -1)
+            where = textwrap.shorten(f"{'encoder ' * bool(side)}block{'s' * (len(at) > 1)} {ranges(at)}", 60, placeholder=" ..")
+            inside.text(x, top + 18, where, "ink bold", 12)
+        embeds = row(tied("embed") if side else there("embed", "pos_embed", "type_embed"))
+        line = row([*there("embed_norm"), embeds, word("source ids" if side else "token ids")], -1)
         y = inside.box[3] + 26 - line.box[1]
-        left, right = inside.paste(line, x, y)
-        inside.arrow(left - 3, y, self.band / 2 + 7 - left)
-        inside.arrow(right + 28, y, -24)
-        inside.text(right + 34, y + 4, "source ids" if side else "token ids", "ink bold", 10.5)
-        inside.text(self.band / 2, y + 19, f"{cfg.n_embd}", "mono soft", 9, "middle")
-        out, wide, end = Sheet(), inside.box[2] + 14, inside.points["end"][1]
+        inside.arrow(inside.paste(line, x, y)[0] - 3, y, middle + 7 - x)
+        inside.text(middle, y + 19, f"{cfg.n_embd}", "mono soft", 9, "middle")
+        out, wide = Sheet(), inside.box[2] + 14
         for top, high, times in cards:
             for k in reversed(range(min(3, times))):
                 out.rect(4 * k - 14, top - 4 * k, wide + 14, high, "card", rx=8)
             inside.text(wide - 12, top + 20, f"× {times}", "ink bold", 14, "end")
-        out.rect(0, end, self.band, y + 26 - end, "band", "the residual stream", 3)
+        out.rect(0, end - 8, self.band, y + 34 - end, "band", "the residual stream", 3)
         out.paste(inside, 0, 0)
         return out
 
@@ -1185,7 +1187,7 @@ class Picture:
         if self.model.enc_plan:
             encoder = self.stack("enc_")
             out.paste(encoder, 14, max(0, decoder.box[3] - encoder.box[3]))
-            (x, y), gutter = out.points["memory"], out.box[2] + 16
+            (x, y), gutter = out.points["out"], out.box[2] + 16
         out.paste(decoder, gutter + 34, max(0, out.box[3] - decoder.box[3]))
         for name, (to, top) in out.points.items():
             if ".cross.w_k." in name or ".cross.w_v." in name:
@@ -1212,12 +1214,6 @@ def draw(model):
         out.rect(key, y + 22, 9, 9, part)
         out.text(key + 14, y + 30, said, "ink", 10)
         bar, key = bar + wide * n / total, key + 30 + text_width(said, 10)
-    kinds, step, y = kinds_of(model.blocks, model.plan), min(22, (wide - 50) / cfg.n_layer), out.box[3] + 12
-    if len(kinds) > 1:                                           # which block is of which kind
-        out.text(0, y + 12, "blocks", "soft", 10)
-        for i, letter in ((i, letter) for letter, (*_, at) in zip(LETTERS, kinds) for i in at):
-            out.rect(50 + i * step, y, step - 2, 16, "card")
-            out.text(49 + (i + 0.5) * step, y + 11, letter, "mono ink", min(9, step), "middle")
     out.paste(page, 0, out.box[3] + 24)
     unit, y = 2 ** round(math.log2(90 / s)), out.box[3] + 34
     out.path(0, y - 7, f"v8m0 -4h{unit * s:.2f}m0 -4v8")
@@ -1238,8 +1234,8 @@ def draw(model):
 # ---- Hugging Face folders (every architecture of the list, in and out) ----
 
 # An architecture is a table, read in both directions: opening a folder turns their config.json into our fields and splits
-# their tensors into ours, saving does the reverse. Which architecture a model of ours is, is found by trying: the first
-# whose config.json, read back, gives the same fields. (DeepSeek LLM is a llama, and so are a few others.)
+# their tensors into ours, saving does the reverse. The architecture of a model of ours is found by trying: it is the
+# first whose config.json, read back, gives the same fields. (DeepSeek LLM is a llama, and so are a few others.)
 
 @dataclass
 class Arch:
@@ -1260,8 +1256,11 @@ class Arch:
         return name
 
 
-# their tensor; ours, several where theirs holds them one after the other; how: "turned" (GPT-2 stores [in, out]), "heads" (one
-# after the other in every head), "row" ([H, 1, K]); when: a sibling that must be there, with - must not. {i} layer, {e} expert
+# A row of an architecture's table of tensors:
+#     theirs   their name; {i} stands for the layer, {e} for the expert
+#     ours     our names, several where theirs holds them one after the other
+#     how      it is stored: "turned" ([in, out], GPT-2), "heads" (ours one after the other in every head), "row" ([H, 1, K])
+#     when     a module of ours that must be in the block, or with - must not
 Names = namedtuple("Names", "theirs ours how when")
 
 
