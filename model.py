@@ -47,7 +47,7 @@ from attention import (ATTENTION, FEATURE_MAPS, PATTERNS, POSITION_BIAS, POSITIO
                        AttentionConfig, Cache, Cross, Layer, Pass, Places, RMSNorm, head_dim, inverse_frequencies,
                        places_in_documents, places_of_memory, rope_base, seen_keys, sinusoid, sparse_sizes, t5_bucket)
 from kernels import linear_cross_entropy, to_autocast
-from moe import ROUTERS, MoE, MoEConfig
+from moe import CHOICES, MoE, MoEConfig, aux_sum, expert_width, moe_layers, validate_moe
 from tokenizer import Parser, UsageError, add_flags, atomic_write, run_cli
 
 
@@ -142,15 +142,15 @@ def layer_plan(cfg, n_layer=0):
             return cfg.window or max(1, cfg.seq_len // 4)
         return 0 if cfg.layers or ATTENTION[name].recurrent else cfg.window      # --layers says itself which see a window
 
-    plan = [names[i % len(names)] for i in range(n_layer or cfg.n_layer)]
-    return [Layer(i, name, window(name), cfg.moe and i >= cfg.n_dense_layer) for i, name in enumerate(plan)]
+    plan, experts = [names[i % len(names)] for i in range(n_layer or cfg.n_layer)], moe_layers(cfg)
+    return [Layer(i, name, window(name), i in experts) for i, name in enumerate(plan)]
 
 
 AT_LEAST = {                       # smallest value of a field, and of those that follow it
     1: "vocab_size seq_len n_layer n_embd n_head tile shaw_clip t5_buckets t5_distance norm_groups rope_factor",
     0: "n_kv_head head_dim window d_ff n_enc_layer kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim sparse_stride "
        "sparse_width lrpe_layers n_token_type rope_original attn_softcap logit_softcap clip_qkv attn_scale rope_local_theta start_token "
-       "n_shared_expert d_expert n_dense_layer bias_lr res_alpha res_beta res_alpha_linear res_beta_linear res_alpha_mlp res_beta_mlp "
+       "n_dense_layer res_alpha res_beta res_alpha_linear res_beta_linear res_alpha_mlp res_beta_mlp "
        "rope_attn_factor rope_mscale rope_mscale_all embed_grad_shrink embed_dropout resid_dropout attn_dropout",
 }
 ABOVE_ZERO = "norm_eps init_std rope_theta rope_fraction norm_share logit_scale rope_low rope_high rope_beta_fast rope_beta_slow"
@@ -163,8 +163,8 @@ def validate(cfg):
     def refuse(name, rule):
         raise UsageError(f"--{name}={getattr(cfg, name)} {rule}, for example {getattr(ModelConfig, name)}")
 
-    tables = dict(attn=ATTENTION, norm=NORMS, norm_at=PLACEMENTS, act=ACTIVATIONS, pos=POSITIONS, router=ROUTERS, arch=ARCHS,
-                  rope_scaling=ROPE_SCALINGS, rope_layout=ROPE_LAYOUTS, qk_norm=QK_NORMS, feature_map=FEATURE_MAPS)
+    tables = dict(attn=ATTENTION, norm=NORMS, norm_at=PLACEMENTS, act=ACTIVATIONS, pos=POSITIONS, arch=ARCHS,
+                  rope_scaling=ROPE_SCALINGS, rope_layout=ROPE_LAYOUTS, qk_norm=QK_NORMS, feature_map=FEATURE_MAPS) | CHOICES
     for name, table in tables.items():
         if getattr(cfg, name) not in table:
             raise UsageError(f"--{name}={getattr(cfg, name)} is not known; use one of {list(table)}")
@@ -188,9 +188,11 @@ def validate(cfg):
                          "for example 1 and 32")
     if cfg.norm_one_plus and cfg.norm != "rms":
         raise UsageError(f"--norm_one_plus is for --norm=rms, not {cfg.norm}; leave it out")
-    if cfg.moe and cfg.n_dense_layer >= cfg.n_layer:
-        raise UsageError(f"--n_dense_layer={cfg.n_dense_layer} leaves no block of --n_layer={cfg.n_layer} for experts; "
-                         "use a smaller one, for example 0")
+    if cfg.moe:
+        validate_moe(cfg)
+        if not moe_layers(cfg):
+            raise UsageError(f"--n_dense_layer={cfg.n_dense_layer} with --moe_every={cfg.moe_every} and --dense_layers={cfg.dense_layers} "
+                             f"leaves no block of --n_layer={cfg.n_layer} for experts; use --n_dense_layer=0 --moe_every=1")
     for layer in layer_plan(cfg):
         mixer = ATTENTION[layer.attn]
         if mixer.recurrent and cfg.arch != "decoder":
@@ -225,6 +227,10 @@ def idle(cfg):
         ("feature_map", "linear" in kinds, "--attn=linear"), ("tile|res_.*_linear", recurrent, "a linear mixer"),
         ("norm_groups", cfg.norm == "group", "--norm=group"), ("norm_share", cfg.norm == "prms", "--norm=prms"),
         ("start_token|n_enc_layer", cfg.arch == "encdec", "--arch=encdec"), ("d_ff", not all(layer.moe for layer in plan), "a dense block"),
+        ("top_group|group_score", cfg.moe and cfg.n_group, "--moe and --n_group"),
+        ("aux_alpha", cfg.moe and cfg.aux_loss != "none", "--moe and --aux_loss"),
+        ("n_device", cfg.moe and (cfg.device_alpha or cfg.comm_alpha), "--moe and --device_alpha or --comm_alpha"),
+        ("norm_gates", cfg.moe and cfg.router != "chosen", "--moe and --router=sigmoid or softmax"),
         ("|".join(MoEConfig.__dataclass_fields__.keys() - {"moe"}), cfg.moe, "--moe"),
     )
     return {pattern: needs for pattern, used, needs in table if not used}
@@ -473,8 +479,8 @@ def init_parameters(model, cfg):
     for name, p in model.named_parameters():
         if p.is_meta or getattr(p, "given", False):
             continue
-        if p.ndim == 1:
-            p.fill_(0.0 if name.endswith("bias") else 1.0)
+        if p.ndim == 1 or ".b_" in name:                         # experts stack their biases
+            p.fill_(0.0 if name.endswith("bias") or ".b_" in name else 1.0)
         else:
             writes = "w_o." in name or "w_down" in name
             std = cfg.init_std / (2 * cfg.n_layer) ** 0.5 if writes else cfg.init_std                  # [GPT2 sec 2.3]
@@ -687,7 +693,7 @@ class Model(nn.Module):
             logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
             nll_M = F.cross_entropy(logits_MV, targets_M, reduction="none", ignore_index=-2**31)      # weights, not ids, leave out
             loss_sum = (nll_M * weights_M).sum()
-        return loss_sum, batch["weights"].sum(), {}
+        return loss_sum + aux_sum(self, batch["weights"].sum(1)), batch["weights"].sum(), {}
 
     def new_cache(self):
         return Cache(self.plan)
@@ -1577,7 +1583,7 @@ def _described(arch, c):
     return hf
 
 
-TRAINING = r".*_dropout|init_std|seed|tile|embed_grad_shrink|bias_lr"               # fields that do not change what is computed
+TRAINING = r".*_dropout|init_std|seed|tile|embed_grad_shrink|bias_lr|aux_.*|z_alpha|n_device|device_alpha|comm_alpha|dispatch"               # fields that do not change what is computed
 
 
 def _canonical(cfg):
@@ -1590,7 +1596,7 @@ def _canonical(cfg):
               n_kv_head=heads[0] if len(heads) == 1 else 0, window=max(layer.window for layer in plan), head_dim=head_dim(cfg), d_ff=hidden_width(cfg),
               attn_scale=cfg.attn_scale or head_dim(cfg) ** -0.5, n_enc_layer=cfg.n_enc_layer or cfg.n_layer,
               lrpe_layers=min(cfg.lrpe_layers or cfg.n_layer, cfg.n_layer),
-              d_expert=cfg.d_expert or max(8, hidden_width(cfg) // (cfg.n_active + cfg.n_shared_expert) // 8 * 8),
+              d_expert=expert_width(cfg, hidden_width(cfg)),
               tie_embeddings=cfg.tie_embeddings or cfg.headless, rope_original=cfg.rope_original or cfg.seq_len)
     for factor in ("res_alpha", "res_beta") if cfg.norm_at != "deepnorm" else ():
         linear, usual = any(ATTENTION[kind].recurrent for kind in kinds) and c[f"{factor}_linear"], c[factor] or 1.0
@@ -1758,7 +1764,7 @@ def rebuilt(model, cfg):
     new.load_state_dict(weights, assign=True)
     for module in new.modules():
         if isinstance(module, MoE):
-            module.count_E = torch.zeros_like(module.bias_E)
+            module.start_counting(module.bias_E.device)
     return new
 
 

@@ -7,20 +7,30 @@ Parameters grow with n_expert, the work per token only with n_active.
     s_e  = sigmoid(x . r_e)                                    score of expert e                       [DSV3 eq 15]
     A    = top n_active of s_e + b_e                           the bias chooses, it does not weigh     [DSV3 eq 16]
     g_e  = s_e / sum_{a in A} s_a  for e in A, else 0          gates of the chosen sum to one          [DSV3 eq 13]
-    y    = sum_shared MLP(x) + routed_scale sum_{e in A} g_e MLP_e(x)                                               [DSV3 eq 12]
+    y    = sum_shared MLP(x) + routed_scale sum_{e in A} g_e MLP_e(x)                                  [DSV3 eq 12]
+
+Left alone a router sends all tokens to the experts that happened to learn first. Two cures, which may be combined:
+
     b_e += bias_lr sign(mean count - count_e)                  after each optimizer step               [LossFree alg 1]
+    L    = aux_alpha sum_e f_e P_e                             f: share of the visits times E, P: mean probability; 1 when
+                                                               balanced                                [Switch eq 4]
+The first makes an overloaded expert a little less likely to be chosen, and no gradient pulls the router away from what
+predicts best. The second is such a gradient: it lowers the probability of experts in proportion to their load.
 
-The last line keeps the experts evenly loaded without an auxiliary loss: an overloaded expert becomes a little less
-likely to be chosen, and no gradient pulls the router away from what predicts best.
-
-Contents:    config | router | experts | MoE | balance | demo
-Shapes:      M tokens (B T flattened), D n_embd, F d_expert, E experts, A active experts
+Contents:    config | router | visits | experts | dispatch | balance | MoE | bias and metrics | upcycling | demo
+Shapes:      B rows, T tokens of a row, M tokens (B T flattened), D n_embd, F d_expert, E experts, A active experts,
+             V visits (M A, less the dropped ones), G groups, N devices, L layers
 References:
+    [Switch]    Switch Transformers, arXiv:2101.03961
+    [STMoE]     ST-MoE: Designing Stable and Transferable Sparse Expert Models, arXiv:2202.08906
+    [Upcycle]   Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints, arXiv:2212.05055
     [DSMoE]     DeepSeekMoE, arXiv:2401.06066
+    [DSV2]      DeepSeek-V2, arXiv:2405.04434
     [DSV3]      DeepSeek-V3 Technical Report, arXiv:2412.19437
     [LossFree]  Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664
-Run me:      python moe.py      (a skewed router, balanced by its bias)
+Run me:      python moe.py      (a skewed router, balanced by its bias; a dense MLP turned into experts)
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from dist import World, all_sum
+from kernels import no_autocast, to_autocast
 from tokenizer import UsageError, run_cli
 
 
@@ -39,98 +50,413 @@ class MoEConfig:
     n_shared_expert: int = 1       # experts that every token visits
     d_expert: int = 0              # hidden width of an expert; 0 shares d_ff among the active and shared ones
     n_dense_layer: int = 1         # first blocks that keep a dense MLP
+    moe_every: int = 1             # of the others, block i has experts where this divides i + 1
+    dense_layers: str = ""         # more blocks that stay dense, as in 0,5
     router: str = "sigmoid"        # scores of the router, a key of ROUTERS
+    router_bias: bool = False      # a bias in the router's projection
+    norm_gates: bool = True        # divide the gates of the chosen by their sum
     routed_scale: float = 1.0      # factor on the routed experts' sum
+    n_group: int = 0               # groups of experts of which a token may visit few; 0 is no limit
+    top_group: int = 0             # groups that a token may visit
+    group_score: str = "top2"      # how a group is judged, a key of GROUP_SCORES
     bias_lr: float = 0.001         # step of the balancing bias; 0 leaves the load as it falls
+    expert_act: str = "swiglu"     # activation of the experts, a key of EXPERT_ACTS
+    expert_bias: bool = False      # biases in the routed experts
+    aux_loss: str = "none"         # auxiliary balance loss, a key of AUX_LOSSES
+    aux_alpha: float = 0.001       # its weight
+    z_alpha: float = 0.0           # weight of the router z-loss, which keeps logits small
+    n_device: int = 0              # devices that the next two losses balance, each with as many experts
+    device_alpha: float = 0.0      # weight of the device-level balance loss
+    comm_alpha: float = 0.0        # weight of the communication balance loss
+    capacity: float = 0.0          # visits an expert takes of a batch, over the mean, the rest is dropped; 0 drops none
+    dispatch: str = "auto"         # how tokens meet experts, a key of DISPATCHES
 
 
 # ---- Router (scores to a choice) ----
 
 ROUTERS = {                        # flag --router
     "sigmoid": torch.sigmoid,                              # experts are judged one by one                [DSV3 eq 15]
-    "softmax": lambda logits: logits.softmax(-1),          # experts compete for one unit of probability  [DSMoE eq 5]
+    "softmax": lambda logits: logits.softmax(-1),          # experts compete for one unit of probability  [DSMoE eq 11]
+    "chosen": lambda logits: logits,                       # gates: softmax over the chosen logits alone      (gpt-oss)
 }
 
 
-def route(logits_ME, bias_E, n_active, score="sigmoid"):
-    """(experts [M, A] int64, gates [M, A] that sum to one). The bias enters the choice alone."""
-    score_ME = ROUTERS[score](logits_ME)
-    expert_MA = (score_ME + bias_E).topk(n_active, dim=-1).indices                                       # [DSV3 eq 16]
+def scores(logits, cfg):
+    """Scores above zero of all experts, as the balance losses and metrics want them."""
+    return ROUTERS["softmax" if cfg.router == "chosen" else cfg.router](logits)
+
+
+def shares(score):
+    return score / (score.sum(-1, keepdim=True) + 1e-20)
+
+GROUP_SCORES = {                   # flag --group_score
+    "top2": lambda score_MGX: score_MGX.topk(2, dim=-1).values.sum(-1),     # the two best, biased        (DeepSeek-V3)
+    "max": lambda score_MGX: score_MGX.amax(-1),                            # the best             [DSV2 sec 2.2.2]
+}
+
+
+def route(logits_ME, bias_E, cfg):
+    """(experts [M, A] int64, gates [M, A]). The bias enters the choice alone."""
+    score_ME = ROUTERS[cfg.router](logits_ME)
+    choice_ME = score_ME + bias_E                                                                        # [DSV3 eq 16]
+    if cfg.n_group:
+        choice_MGX = choice_ME.unflatten(-1, (cfg.n_group, -1))
+        best = GROUP_SCORES[cfg.group_score](choice_MGX).topk(cfg.top_group, dim=-1, sorted=False).indices
+        out_MG = torch.ones(choice_MGX.shape[:2], dtype=torch.bool, device=best.device).scatter(1, best, False)
+        out_ME = out_MG.repeat_interleave(choice_MGX.shape[-1], dim=1)
+        if cfg.group_score == "max":                         # DeepSeek-V2 takes all their score from the other groups
+            score_ME = score_ME.masked_fill(out_ME, 0.0)
+            choice_ME = score_ME + bias_E
+        else:                                                # V3: a biased score may be negative, and 0 would beat it
+            choice_ME = choice_ME.masked_fill(out_ME, -torch.inf)
+    expert_MA = choice_ME.topk(cfg.n_active, dim=-1, sorted=not cfg.n_group).indices
     gate_MA = score_ME.gather(1, expert_MA)
-    return expert_MA, gate_MA / (gate_MA.sum(-1, keepdim=True) + 1e-20)                                  # [DSV3 eq 13]
+    if cfg.router == "chosen":                               # equals softmax with norm_gates, where there is no bias
+        gate_MA = gate_MA.softmax(-1)
+    elif cfg.norm_gates:
+        gate_MA = shares(gate_MA)                                                                        # [DSV3 eq 13]
+    return expert_MA, gate_MA * cfg.routed_scale
+
+
+# ---- Visits (who goes where, and who stays out) ----
+
+def counts(expert_V, n_expert):
+    """How often each expert occurs [E]; bincount would make a GPU wait."""
+    return torch.zeros(n_expert, dtype=torch.int64, device=expert_V.device).scatter_add_(0, expert_V, torch.ones_like(expert_V))
+
+
+def visits(expert_MA, n_expert, capacity=0):
+    """(the visits [V] sorted by expert, as places in the flattened choice; how many each expert has [E]). With a capacity,
+    what comes later in the batch than so many visits of its expert is dropped: then outputs depend on the batch."""
+    by_expert, order = expert_MA.flatten().sort(stable=True)             # stable: an expert meets its tokens in their order
+    count_E = counts(by_expert, n_expert)
+    if capacity:
+        first_E = count_E.cumsum(0) - count_E
+        order = order[torch.arange(len(order), device=order.device) - first_E[by_expert] < capacity]
+        count_E = count_E.clamp(max=capacity)
+    return order, count_E
 
 
 # ---- Experts (E small SwiGLU MLPs with stacked weights) ----
 
-class Experts(nn.Module):
-    def __init__(self, n_expert, n_embd, d_expert):
-        super().__init__()
-        self.w_gate = nn.Parameter(torch.empty(n_expert, d_expert, n_embd))
-        self.w_up = nn.Parameter(torch.empty(n_expert, d_expert, n_embd))
-        self.w_down = nn.Parameter(torch.empty(n_expert, n_embd, d_expert))
+def swiglu_oss(gate, up):
+    """gpt-oss: both sides bounded, the linear one around 1, and a sharper sigmoid."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
-    def forward(self, x_MD, expert_MA, gate_MA):
-        """sum_a gate_a MLP_{expert_a}(x): the readable loop. An expert without tokens still runs, on none, so that every
-        weight has a gradient on every rank."""
-        y_MD = torch.zeros_like(x_MD, dtype=torch.promote_types(x_MD.dtype, torch.float32))      # adds up in float32
-        order = expert_MA.flatten().argsort(stable=True)                   # visits sorted by expert
-        counts = torch.bincount(expert_MA.flatten(), minlength=len(self.w_gate)).tolist()
-        token, gate = order // expert_MA.shape[1], gate_MA.flatten()[order]
-        for e, (rows, weight) in enumerate(zip(token.split(counts), gate.split(counts))):
-            x_CD = x_MD[rows]
-            h_CF = F.silu(F.linear(x_CD, self.w_gate[e])) * F.linear(x_CD, self.w_up[e])
-            out_CD = F.linear(h_CF, self.w_down[e]) * weight[:, None]
-            y_MD = y_MD.index_add(0, rows, out_CD.to(y_MD.dtype))
-        return y_MD
+
+EXPERT_ACTS = {                    # flag --expert_act
+    "swiglu": lambda gate, up: F.silu(gate) * up,          # as in a dense block
+    "swiglu_oss": swiglu_oss,                              # gpt-oss
+}
+
+
+class Experts(nn.Module):
+    def __init__(self, cfg, n_expert, d_expert, bias=False):
+        super().__init__()
+        self.cfg, E, D = cfg, n_expert, cfg.n_embd
+        self.w_gate = nn.Parameter(torch.empty(E, d_expert, D))
+        self.w_up = nn.Parameter(torch.empty(E, d_expert, D))
+        self.w_down = nn.Parameter(torch.empty(E, D, d_expert))
+        for name, width in (("b_gate", d_expert), ("b_up", d_expert), ("b_down", D)):
+            self.register_parameter(name, nn.Parameter(torch.zeros(E, width)) if bias else None)
+
+    def mlp(self, x, apply):
+        """Down(act(Gate x, Up x)), where apply(x, weights, biases) multiplies each row by its expert's matrix."""
+        h = EXPERT_ACTS[self.cfg.expert_act](apply(x, self.w_gate, self.b_gate), apply(x, self.w_up, self.b_up))
+        return apply(h, self.w_down, self.b_down)
+
+    def one(self, e, x_CD):
+        """Expert e, of the rows that visit it."""
+        return self.mlp(x_CD, lambda x, w, b: F.linear(x, w[e], None if b is None else b[e]))
+
+    def visit(self, x_VD, count_E):
+        """Rows sorted by expert -> their experts' outputs. The seam for expert parallelism: where ranks own experts, send
+        each its rows here (all-to-all), let it visit() those that arrive, and send the outputs back; nothing else changes."""
+        return DISPATCHES[dispatch_of(self.cfg, x_VD.device, to_autocast(x_VD).dtype).split()[0]](self, x_VD, count_E)
+
+    def forward(self, x_MD, expert_MA, gate_MA, capacity=0):
+        """sum_a gate_a MLP_{expert_a}(x)."""
+        (M, A), D = expert_MA.shape, x_MD.shape[1]
+        visit_V, count_E = visits(expert_MA, len(self.w_gate), capacity)
+        out_VD = self.visit(x_MD[visit_V // A], count_E)
+        # back in the order of tokens each sums its own visits, whoever else is in the batch; what was dropped stays zero
+        out_MAD = out_VD.new_zeros(M * A, D).index_copy(0, visit_V, out_VD).view(M, A, D)
+        return (out_MAD * gate_MA[..., None]).sum(1)                       # gates are float32, and so is the sum
+
+
+# ---- Dispatch (how do sorted rows meet their experts?) ----
+
+def loop(experts, x_VD, count_E):
+    """The readable one. An expert without visits still runs, on no rows, so that every weight has a gradient on every rank."""
+    return torch.cat([experts.one(e, x_CD) for e, x_CD in enumerate(x_VD.split(count_E.tolist()))])
+
+
+GROUPED_MM = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+def grouped(experts, x_VD, count_E):
+    """All experts in one product of jagged groups: no wait for the counts, no launch per expert."""
+    end_E, empty_E11 = count_E.cumsum(0).to(torch.int32), (count_E == 0)[:, None, None]
+    of_V = torch.repeat_interleave(count_E, output_size=len(x_VD)) if experts.b_gate is not None else None
+    pad = lambda tensor, *by: F.pad(tensor, by) if any(by) else tensor
+
+    def apply(x_VK, w_EJK, b_EJ):
+        J, K = w_EJK.shape[1:]
+        multiple = 16 // x_VK.element_size()                 # rows must begin on 16 bytes; zeros add nothing
+        padded = pad(w_EJK.to(x_VK.dtype), 0, -K % multiple, 0, -J % multiple).transpose(1, 2)
+        y = GROUPED_MM(pad(x_VK, 0, -K % multiple), padded, offs=end_E)
+        if torch.is_grad_enabled() and padded.requires_grad:  # Blackwell leaves there what was in memory  (pytorch issue 172439)
+            padded.register_hook(lambda grad: grad.masked_fill(empty_E11, 0.0))
+        if y.requires_grad:
+            y.register_hook(torch.Tensor.contiguous)         # an expanded gradient, as of a sum, is refused
+        return y[:, :J] if b_EJ is None else y[:, :J] + b_EJ.to(y.dtype)[of_V]
+
+    return experts.mlp(to_autocast(x_VD), apply)
+
+
+DISPATCHES = {                     # flag --dispatch
+    "auto": None,                  # grouped on GPUs that have the kernel, else loop
+    "loop": loop,                  # one expert after the other: the reference
+    "grouped": grouped,            # torch's grouped_mm
+}
+
+
+def dispatch_of(cfg, device, dtype=torch.bfloat16):
+    """"loop (why)" or "grouped (why)": how experts run on this device in this type."""
+    device = torch.device(device)
+    if cfg.dispatch == "loop":
+        return "loop (--dispatch)"
+    if GROUPED_MM is None:
+        return "loop (this torch has no grouped_mm)"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"loop (grouped_mm does not take {str(dtype)[6:]})"
+    if cfg.dispatch == "grouped":
+        return "grouped (--dispatch)"
+    if device.type != "cuda":
+        return f"loop (on {device.type}, where it is the faster one)"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{'grouped' if major >= 8 else 'loop'} (a GPU of compute capability {major}.{minor}; grouped_mm wants 8.0)"
+
+
+# ---- Balance (losses of a row, each 1 when all experts are alike) ----
+
+AUX_LOSSES = {                     # flag --aux_loss: sum_e f_e P_e, where P_e is the mean over the row of
+    "none": None,
+    "switch": lambda logits, score: logits.softmax(-1),                    # probabilities                  [Switch eq 6]
+    "expert": lambda logits, score: score,                                 # scores as they are             [DSMoE eq 14]
+    "sequence": lambda logits, score: shares(score),                       # scores, made probabilities  [DSV3 eq 19-20]
+}
+
+
+def balance_losses(logits_BTE, expert_BTA, cfg):
+    """{name of its weight: loss [B]} of the losses that cfg turns on.
+
+    With a softmax router the three of AUX_LOSSES agree. f_e counts all n_active choices and divides by n_active, so a
+    balanced row has 1, not n_active. Sigmoid scores do not sum to one: there "expert" is their mean sum when balanced."""
+    (B, T, E), A, N = logits_BTE.shape, expert_BTA.shape[-1], cfg.n_device
+    score_BTE = scores(logits_BTE, cfg)
+    f_BE = logits_BTE.new_zeros(B, E).scatter_add_(1, expert_BTA.flatten(1), logits_BTE.new_full((B, T * A), E / (A * T)))
+    losses = {}                                                            # f: [DSMoE eq 13, DSV2 eq 24, DSV3 eq 18]
+    if AUX_LOSSES[cfg.aux_loss]:
+        P_BE = AUX_LOSSES[cfg.aux_loss](logits_BTE, score_BTE).mean(1)
+        losses["aux_alpha"] = (f_BE * P_BE).sum(-1)                        # [Switch eq 4, DSMoE eq 12, DSV3 eq 17]
+    if cfg.z_alpha:
+        losses["z_alpha"] = logits_BTE.logsumexp(-1).square().mean(1)      # [STMoE eq 5] (ln E)^2 when all logits are 0
+    if cfg.device_alpha or cfg.comm_alpha:                                 # device n holds experts n E/N ... (n + 1) E/N - 1
+        P_BN = shares(score_BTE).mean(1).unflatten(1, (N, -1)).sum(-1)                              # [DSV2 eq 28, 31]
+    if cfg.device_alpha:
+        f_BN = f_BE.unflatten(1, (N, -1)).mean(-1)                                                      # [DSV2 eq 27]
+        losses["device_alpha"] = (f_BN * P_BN).sum(-1)                                                  # [DSV2 eq 26]
+    if cfg.comm_alpha:                                       # a token's M devices get it once each, however many experts
+        sent_BTN = logits_BTE.new_zeros(B, T, N).scatter_(2, expert_BTA // (E // N), 1.0)
+        most = cfg.top_group if cfg.n_group else min(A, N)
+        losses["comm_alpha"] = (sent_BTN.mean(1) * (N / most) * P_BN).sum(-1)                           # [DSV2 eq 29-30]
+    return losses
 
 
 # ---- MoE (router, routed experts, shared expert) ----
+
+CHOICES = dict(router=ROUTERS, group_score=GROUP_SCORES, expert_act=EXPERT_ACTS, aux_loss=AUX_LOSSES, dispatch=DISPATCHES)
+
+
+def validate_moe(cfg):
+    """Refuse a choice that no token could make."""
+    def refuse(name, rule):
+        raise UsageError(f"--{name}={getattr(cfg, name)} {rule}")
+
+    for name, table in CHOICES.items():
+        if getattr(cfg, name) not in table:
+            refuse(name, f"is not known; use one of {list(table)}")
+    if not 1 <= cfg.n_active <= cfg.n_expert:
+        refuse("n_active", f"of --n_expert={cfg.n_expert}: a token visits between 1 and {cfg.n_expert} experts; "
+               f"use --n_active={max(1, min(2, cfg.n_expert))}")
+    for name in "n_shared_expert d_expert n_group top_group n_device capacity bias_lr aux_alpha z_alpha device_alpha comm_alpha".split():
+        if not 0 <= getattr(cfg, name) < math.inf:
+            refuse(name, f"must be at least 0, for example {getattr(MoEConfig, name)}")
+    fits = [n for n in range(1, cfg.n_expert + 1) if cfg.n_expert % n == 0]
+    for name in ("n_group", "n_device"):
+        if getattr(cfg, name) and getattr(cfg, name) not in fits:
+            refuse(name, f"does not divide --n_expert={cfg.n_expert}; use one of {fits}")
+    if cfg.n_group:
+        size = cfg.n_expert // cfg.n_group
+        if not -(-cfg.n_active // size) <= cfg.top_group <= cfg.n_group:
+            refuse("top_group", f"of --n_group={cfg.n_group} groups of {size}, for --n_active={cfg.n_active} experts; "
+                   f"use {-(-cfg.n_active // size)} to {cfg.n_group}")
+        if cfg.group_score == "top2" and size < 2:
+            refuse("n_group", "leaves one expert in a group, and top2 adds two; use fewer groups or --group_score=max")
+        if cfg.group_score == "max" and (cfg.bias_lr or cfg.router == "chosen"):
+            refuse("group_score", "gives experts of other groups the score 0, against which a negative one would lose; use "
+                   "--bias_lr=0 and --router=softmax, or --group_score=top2")
+    if (cfg.device_alpha or cfg.comm_alpha) and not cfg.n_device:
+        refuse("n_device", "leaves --device_alpha and --comm_alpha nothing to balance; use, for example, --n_device=2")
+    if cfg.comm_alpha and cfg.n_group and cfg.n_group != cfg.n_device:
+        refuse("n_device", f"but a token is sent to --top_group={cfg.top_group} groups; with --comm_alpha use --n_device={cfg.n_group}")
+
+
+def moe_layers(cfg):
+    """Indices of the blocks that have experts."""
+    dense = [item.strip() for item in cfg.dense_layers.split(",") if item.strip()]
+    for item in dense:
+        if not item.isdecimal() or int(item) >= cfg.n_layer:
+            raise UsageError(f"--dense_layers={cfg.dense_layers}: {item!r} is no block of --n_layer={cfg.n_layer}; "
+                             f"use 0 to {cfg.n_layer - 1}, as in 0,5")
+    if cfg.moe_every < 1:
+        raise UsageError(f"--moe_every={cfg.moe_every} must be at least 1, for example 1 (every block)")
+    rest = set(range(cfg.n_dense_layer, cfg.n_layer)) - {int(item) for item in dense}
+    return [i for i in sorted(rest) if cfg.moe and (i + 1) % cfg.moe_every == 0]
+
+
+def expert_width(cfg, d_ff):
+    return cfg.d_expert or max(8, d_ff // (cfg.n_active + cfg.n_shared_expert) // 8 * 8)
+
+
+def recomputing():
+    """Does a backward pass run this forward pass again, for activations that a checkpoint did not keep?"""
+    return torch._C._current_graph_task_id() != -1
+
 
 class MoE(nn.Module):
     """Drop-in for the dense MLP of a block.                                                    [DSMoE eq 9, DSV3 eq 12]"""
 
     def __init__(self, cfg, d_ff):
         super().__init__()
-        if not 1 <= cfg.n_active <= cfg.n_expert:
-            raise UsageError(f"--n_active={cfg.n_active} of --n_expert={cfg.n_expert}: a token visits between 1 and "
-                             f"{cfg.n_expert} experts; use --n_active={min(2, cfg.n_expert)}")
-        width = cfg.d_expert or max(8, d_ff // (cfg.n_active + cfg.n_shared_expert) // 8 * 8)
-        self.n_active, self.scale, self.score, self.bias_lr = cfg.n_active, cfg.routed_scale, cfg.router, cfg.bias_lr
-        self.router = nn.Linear(cfg.n_embd, cfg.n_expert, bias=False)
-        self.experts = Experts(cfg.n_expert, cfg.n_embd, width)
-        self.shared = Experts(1, cfg.n_embd, width * cfg.n_shared_expert) if cfg.n_shared_expert else None
+        validate_moe(cfg)
+        width = expert_width(cfg, d_ff)
+        self.cfg, self.aux_B = cfg, None                     # aux_B: in training its weighted auxiliary losses, if there are any
+        self.router = nn.Linear(cfg.n_embd, cfg.n_expert, bias=cfg.router_bias)
+        self.experts = Experts(cfg, cfg.n_expert, width, cfg.expert_bias)
+        self.shared = Experts(cfg, 1, width * cfg.n_shared_expert) if cfg.n_shared_expert else None
         self.register_buffer("bias_E", torch.zeros(cfg.n_expert))
-        self.register_buffer("count_E", torch.zeros(cfg.n_expert), persistent=False)     # visits since the last update
+        self.start_counting(None)
+
+    def start_counting(self, device):
+        """Nothing seen since the last update: visits of each expert; the summed entropy of scores, and dropped visits."""
+        self.register_buffer("count_E", torch.zeros(self.cfg.n_expert, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("seen", torch.zeros(2, device=device), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name) for name in ("bias_E", "seen")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():                    # model.bfloat16() must not round what adds up in small steps
+            if (now := getattr(self, name)).dtype != torch.float32:
+                setattr(self, name, before.to(now.device))
+        return self
 
     def forward(self, x_BTD):
         x_MD = x_BTD.flatten(0, 1)
-        with torch.autocast(x_MD.device.type, enabled=False):      # float32: near ties would flip in half precision
-            logits_ME = F.linear(x_MD.float(), self.router.weight.float())
-        expert_MA, gate_MA = route(logits_ME, self.bias_E, self.n_active, self.score)
-        if self.training:
-            self.count_E += torch.bincount(expert_MA.flatten(), minlength=len(self.bias_E))
-        y_MD = self.experts(x_MD, expert_MA, gate_MA * self.scale)
+        with no_autocast(x_MD):                              # float32: near ties would flip in half precision
+            bias_E = None if self.router.bias is None else self.router.bias.float()
+            logits_ME = F.linear(x_MD.float(), self.router.weight.float(), bias_E)
+            expert_MA, gate_MA = route(logits_ME, self.bias_E, self.cfg)
+        capacity = math.ceil(self.cfg.capacity * expert_MA.numel() / self.cfg.n_expert)                  # [Switch eq 3]
+        y_MD = self.experts(x_MD, expert_MA, gate_MA, capacity)
         if self.shared is not None:
-            w = self.shared
-            y_MD = y_MD + F.linear(F.silu(F.linear(x_MD, w.w_gate[0])) * F.linear(x_MD, w.w_up[0]), w.w_down[0])
+            y_MD = y_MD + self.shared.one(0, x_MD)
+        self.observe(logits_ME.unflatten(0, x_BTD.shape[:2]), expert_MA.unflatten(0, x_BTD.shape[:2]), capacity)
         return y_MD.to(x_BTD.dtype).view_as(x_BTD)
 
+    @torch.compiler.disable
+    def observe(self, logits_BTE, expert_BTA, capacity):
+        """In training: auxiliary losses, and what update_biases will ask for."""
+        losses = balance_losses(logits_BTE, expert_BTA, self.cfg) if self.training else {}
+        aux_B = sum(getattr(self.cfg, name) * loss_B for name, loss_B in losses.items()) if losses else None
+        if recomputing():                                    # seen before; its graph was wanted, though
+            return
+        self.aux_B = aux_B
+        if self.training:
+            with torch.no_grad():
+                count_E = counts(expert_BTA.flatten(), self.cfg.n_expert)
+                self.count_E += count_E
+                self.seen[0] += torch.special.entr(shares(scores(logits_BTE, self.cfg))).sum()
+                self.seen[1] += (count_E - capacity).clamp(min=0).sum() if capacity else 0
 
-# ---- Balance (once per optimizer step) ----
+
+# ---- Bias and metrics (once per optimizer step) ----
+
+def aux_sum(model, weight_B):
+    """Sum over rows and layers of a row's weight times its auxiliary losses: what Model.loss adds, so that micro-batches
+    and ranks add up. It lets go of them, and with them of their graph."""
+    total = 0.0
+    for layer in (m for m in model.modules() if isinstance(m, MoE) and m.aux_B is not None):
+        total, layer.aux_B = total + (weight_B * layer.aux_B).sum(), None
+    return total
+
 
 @torch.no_grad()
 def update_biases(model, world=World()):
     """Move every router's bias against its load of this step, summed over micro-batches and ranks.     [LossFree alg 1]
-    Returns {max_vio}: the worst layer's largest load over the mean, less one (0 is perfect balance)."""
+    Returns {} without experts, else (one copy from the device)
+        max_vio         the worst layer's largest load over the mean, less one: 0 is perfect balance  [LossFree sec 4.1]
+        min_load        the worst layer's smallest load over the mean: 0 is an expert that nobody visits
+        router_entropy  of the scores, mean over tokens, as a share of ln E: 1 is undecided, 0 is sure
+        dropped         share of the visits that capacity cut off
+        bias_range      the widest layer's largest bias less its smallest"""
     layers = [m for m in model.modules() if isinstance(m, MoE)]
     if not layers:
         return {}
-    count_LE = all_sum(world, torch.stack([m.count_E for m in layers]))
-    mean_L1 = count_LE.mean(1, keepdim=True)
-    for layer, step_E in zip(layers, torch.sign(mean_L1 - count_LE)):
-        layer.bias_E += layer.bias_lr * step_E
+    cfg = layers[0].cfg
+    seen = all_sum(world, torch.stack([torch.cat([m.count_E.double(), m.seen.double()]) for m in layers]))
+    count_LE, (entropy, dropped) = seen[:, :-2], seen[:, -2:].sum(0)
+    total, mean_L1 = count_LE.sum().clamp(min=1), count_LE.mean(1, keepdim=True)
+    for layer, step_E in zip(layers, torch.sign(mean_L1 - count_LE).float()):
+        layer.bias_E += layer.cfg.bias_lr * step_E
         layer.count_E.zero_()
-    return {"max_vio": (count_LE / mean_L1.clamp(min=1)).max().item() - 1}
+        layer.seen.zero_()
+    load_LE, bias_LE = count_LE / mean_L1.clamp(min=1), torch.stack([m.bias_E for m in layers]).double()
+    values = dict(max_vio=load_LE.max() - 1, min_load=load_LE.min(), bias_range=(bias_LE.amax(1) - bias_LE.amin(1)).max(),
+                  router_entropy=entropy / total * cfg.n_active / math.log(max(2, cfg.n_expert)), dropped=dropped / total)
+    return dict(zip(values, torch.stack([*values.values()]).tolist()))
+
+
+# ---- Upcycling (a dense MLP becomes experts that begin as it was) ----
+
+def upcycle(dense, cfg):
+    """{name in MoE: tensor} from {"w_gate.weight" [F, D], "w_up.weight", "w_down.weight" [D, F]} of a SwiGLU MLP, such that the
+    experts compute what it did, whatever the router says; the router keeps its own weights.             [Upcycle sec 3]
+
+    An MLP is a sum over hidden channels, so it may be cut: the shared expert takes the first n_shared_expert d_expert of
+    them, each routed expert is a copy of the rest, and n_active copies whose gates sum to one are one of them. Channels
+    beyond F read what others read and write nothing yet."""
+    names = ["w_down.weight", "w_gate.weight", "w_up.weight"]
+    if sorted(dense) != names:
+        raise UsageError(f"upcycling takes the tensors {names} of a SwiGLU MLP, not {sorted(dense)}; use --act=swiglu and no --mlp_bias")
+    if cfg.expert_act != "swiglu" or cfg.capacity or not cfg.routed_scale or not (cfg.norm_gates or cfg.router == "chosen"):
+        raise UsageError("copies of a dense MLP add up to it where their gates sum to one and no visit is dropped: use --norm_gates=true, "
+                         "--expert_act=swiglu, --capacity=0 and --routed_scale=1")
+    down, gate, up = (dense[name] for name in names)
+    width, first = len(gate), cfg.n_shared_expert * cfg.d_expert
+    if first + cfg.d_expert < width:
+        raise UsageError(f"--d_expert={cfg.d_expert}: a routed and {cfg.n_shared_expert} shared experts hold the {width} channels of "
+                         f"the dense MLP; use --d_expert={-(-width // (1 + cfg.n_shared_expert))} or more")
+    channel = torch.arange(first + cfg.d_expert, device=gate.device)
+    gate, up, down = gate[channel % width], up[channel % width], down[:, channel % width] * (channel < width)
+    routed = dict(w_gate=gate[first:], w_up=up[first:], w_down=down[:, first:] / cfg.routed_scale)
+    if cfg.expert_bias:
+        routed |= dict(b_gate=gate.new_zeros(cfg.d_expert), b_up=gate.new_zeros(cfg.d_expert), b_down=gate.new_zeros(len(down)))
+    moe = {f"experts.{name}": torch.stack([tensor] * cfg.n_expert) for name, tensor in routed.items()}
+    shared = dict(w_gate=gate[:first], w_up=up[:first], w_down=down[:, :first]) if first else {}
+    return moe | {f"shared.{name}": tensor[None].clone() for name, tensor in shared.items()}
 
 
 # ---- Demo ----
@@ -139,23 +465,28 @@ def demo(argv):
     if argv:
         raise UsageError(f"moe.py takes no arguments, not {' '.join(argv)}")
     torch.manual_seed(0)
-    cfg = MoEConfig(bias_lr=0.005)
+    cfg = MoEConfig(bias_lr=0.005, aux_loss="sequence", aux_alpha=1.0, d_expert=48)
     cfg.n_embd = 32
     layer = MoE(cfg, d_ff=96)
     for name, p in layer.named_parameters():
         nn.init.normal_(p, std=0.2)
     skew_D = torch.randn(32)                                     # tokens share a direction, so some experts look best to all
     print(f"{cfg.n_expert} experts, {cfg.n_active} active and {cfg.n_shared_expert} shared a token, "
-          f"{sum(p.numel() for p in layer.parameters()):,} parameters\n")
+          f"{sum(p.numel() for p in layer.parameters()):,} parameters; dispatch: {dispatch_of(cfg, 'cpu')}\n")
     with torch.no_grad():
         for step in range(201):
             x_BTD = torch.randn(4, 128, 32) + skew_D
             layer(x_BTD)
-            load_E = layer.count_E / layer.count_E.sum()
-            vio = update_biases(layer)["max_vio"]
+            load_E, aux = layer.count_E / layer.count_E.sum(), layer.aux_B.mean()
+            seen = update_biases(layer)
             if step % 50 == 0:
-                print(f"step {step:3d}  load " + " ".join(f"{share:6.1%}" for share in load_E.tolist()) + f"   max_vio {vio:.2f}")
+                print(f"step {step:3d}  load " + " ".join(f"{share:6.1%}" for share in load_E.tolist())
+                      + f"   max_vio {seen['max_vio']:.2f}  loss {aux:.2f}")
     print("\nbias " + " ".join(f"{b:+.2f}" for b in layer.bias_E.tolist()) + "   (what balanced them; the gates never saw it)")
+    gate, up, down = torch.randn(96, 32) / 6, torch.randn(96, 32) / 6, torch.randn(32, 96) / 10
+    layer.load_state_dict(upcycle({"w_gate.weight": gate, "w_up.weight": up, "w_down.weight": down}, cfg), strict=False)
+    apart = (layer(x_BTD) - F.linear(F.silu(x_BTD @ gate.T) * (x_BTD @ up.T), down)).abs().max()
+    print(f"a dense MLP of 96 channels, upcycled: half of it shared, half of it eight times; largest difference {apart:.1e}")
 
 
 if __name__ == "__main__":

@@ -110,8 +110,9 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
 
 def adamw(model, cfg):
     """torch's fused AdamW; matrices decay, gains and biases do not.                                      [AdamW alg 2]"""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    is_vector = lambda name, p: p.ndim < 2 or ".b_" in name      # experts stack their biases
+    matrices = [p for name, p in model.named_parameters() if not is_vector(name, p)]
+    vectors = [p for name, p in model.named_parameters() if is_vector(name, p)]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
 
