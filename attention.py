@@ -518,21 +518,36 @@ def places_of_memory(this, memory_doc_BS):
 
 class LayerCache:
     """What one layer keeps of the tokens it has seen: tensors [B, S, ...]; through a window the newest window - 1 of them
-    (a query brings its own key); or, in the linear variants, a state that does not grow."""
+    (a query brings its own key), and `spare` more that crop may bring back; or, in the linear variants, a state that does not
+    grow."""
 
-    def __init__(self, window=0):
-        self.kept, self.length, self.window = [], 0, window
+    def __init__(self, window=0, spare=0):
+        self.kept, self.length, self.window, self.spare, self.folded = [], 0, window, spare, False
 
     def append(self, *new):
         """Add tensors [B, T, ...] of the new tokens; returns those of all that these tokens may read [B, S, ...]."""
-        self.length += new[0].shape[1]
+        before, T = self.length, new[0].shape[1]
+        self.length += T
         old = self.kept or [t[:, :0] for t in new]
         if not self.window:
             self.kept = [_extended(a, b) for a, b in zip(old, new)]
             return self.kept
         whole = [torch.cat(pair, 1) for pair in zip(old, new)]
-        self.kept = [t[:, max(0, t.shape[1] - self.window + 1):].clone() for t in whole]
-        return whole
+        self.kept = [t[:, max(0, t.shape[1] - self.window + 1 - self.spare):].clone() for t in whole]
+        return [t[:, t.shape[1] - T - min(before, self.window - 1):] for t in whole]
+
+    def crop(self, length):
+        """Forget the tokens from place `length` on."""
+        back = self.length - length
+        if back <= 0:
+            return
+        if self.folded:
+            raise UsageError(f"a linear mixer has folded its past into one state, from which the last {back} tokens cannot be "
+                             "taken out again; keep a copy of the cache from before them, or use a softmax mixer such as mha")
+        left = self.kept[0].shape[1] - back
+        if left < (min(length, self.window - 1) if self.window else length):
+            raise UsageError(f"a window has forgotten what it saw {back} tokens ago; make the cache with new_cache(spare={back})")
+        self.kept, self.length = [t[:, :left] for t in self.kept], length
 
 
 def _extended(old, new):
@@ -550,11 +565,12 @@ def _extended(old, new):
 class Cache:
     """The caches of all layers, and what the next tokens must know of the row: its documents, its image blocks."""
 
-    def __init__(self, plan):
-        self.layers = [LayerCache(layer.window) for layer in plan]
+    def __init__(self, plan, spare=0):
+        self.layers = [LayerCache(layer.window, spare) for layer in plan]
         self.cross = [LayerCache() for _ in plan]                # encoder-decoder: keys and values of the source
         self.length, self.doc_BS, self.image_BS = 0, None, None
         self.memory = None                                       # encoder-decoder: the encoder's output, and its documents
+        self.state_BTD = None                                    # what MTP modules start from, of the latest call's tokens
 
     def rows(self, B, T, doc_ids_BT, image_BT):
         """Documents and image blocks [B, S] of the whole row, these T tokens included. Without ids the last document goes on,
@@ -574,6 +590,13 @@ class Cache:
                                  "give it in one piece")
         self.doc_BS, self.image_BS = longer(self.doc_BS, doc_ids_BT, True), longer(self.image_BS, image_BT, False)
         return self.doc_BS, self.image_BS
+
+    def crop(self, length):
+        """Take back the tokens from place `length` on, as if they had never been read."""
+        for layer in self.layers:
+            layer.crop(length)
+        self.length = min(self.length, length)
+        self.doc_BS, self.image_BS = (None if t is None else t[:, :length] for t in (self.doc_BS, self.image_BS))
 
     def numel(self):
         """Numbers that the layers hold."""
@@ -692,10 +715,10 @@ class MHA(nn.Module):
         return k_BSGK, self.split(self.w_v(x_BSD), self.n_kv_head)
 
     def split(self, y_BTD, heads, norm=None):
-        """Clip, norm, and cut into heads [B, T, heads, K]."""
-        y_BTD = y_BTD.clamp(-self.clip, self.clip) if self.clip else y_BTD
+        """Norm, clip, and cut into heads [B, T, heads, K]."""
         if norm is not None:
             y_BTD = norm(y_BTD.unflatten(-1, (-1, norm.weight.shape[0]))).flatten(2)
+        y_BTD = y_BTD.clamp(-self.clip, self.clip) if self.clip else y_BTD                       # in this order in OLMoE
         return y_BTD.unflatten(-1, (heads, self.head_dim))
 
     def turned(self, x_BTHK, at):
@@ -936,7 +959,7 @@ class Recurrent(nn.Module):
 
     def keep(self, cache, T, *states):
         if cache is not None:
-            cache.kept, cache.length = list(states), cache.length + T
+            cache.kept, cache.length, cache.folded = list(states), cache.length + T, True
 
     def macs(self, T):
         K, U, (full, rest) = self.key_dim, self.value_dim, divmod(T, self.tile)

@@ -11,14 +11,15 @@ computed from the token alone. Everything that differs between GPT-2, BERT, T5, 
     SwiGLU(x) = W_down (silu(W_gate x) * W_up x)               gated                                        [GLU eq 6]
     and in general, for each of the two:   x = after( alpha x + beta post( f( pre(x) ) ) )                   (--norm_at)
 
-Contents:    config and presets | norms | activations and MLP | block | initial weights | generation | Model | sizes |
-             drawing | Hugging Face folders | demo and command line
+Contents:    config and presets | norms | activations and MLP | block | multi-token prediction | initial weights | generation |
+             Model | sizes | drawing | Hugging Face folders | demo and command line
 Shapes:      B batch, T queries, S source tokens, D n_embd, F d_ff, V vocab, M rows (B T flattened)
 References:
     [GPT2]   Language Models are Unsupervised Multitask Learners, OpenAI 2019
     [GELU] 1606.08415; [GLU] GLU Variants Improve Transformer, 2002.05202; [Swish] 1710.05941; [Mish] 1908.08681;
     [Primer] 2109.08668; [LN] Layer Normalization, 1607.06450; [RMS] RMSNorm, 1910.07467; [GN] Group Normalization, 1803.08494;
-    [TNL] TransNormerLLM, 2307.14995; [DeepNet] 2203.00555; [GLM130B] 2210.02414; [CTRL] 1909.05858; [PaLM] 2204.02311
+    [TNL] TransNormerLLM, 2307.14995; [DeepNet] 2203.00555; [GLM130B] 2210.02414; [CTRL] 1909.05858; [PaLM] 2204.02311;
+    [DSV3] DeepSeek-V3 Technical Report, 2412.19437; [Spec] Speculative Decoding, 2211.17192
 Run me:      python model.py                               (presets and a first generation)
              python model.py --describe --preset=llama     (what it costs; any flags, or a Hugging Face folder)
              python model.py --draw=out.svg --attn=mla     (every tensor to scale)
@@ -83,9 +84,18 @@ class ModelConfig(AttentionConfig, MoEConfig):
     logit_softcap: float = 0.0     # logits l become c tanh(l / c); 0 leaves them
     embed_dropout: float = 0.0     # share of the embedded input dropped in training
     resid_dropout: float = 0.0     # share of what a block adds dropped in training
+    mtp: int = 0                   # modules that predict tokens further ahead, one each; 0 means none
+    mtp_weight: float = 0.3        # weight of their mean loss beside the main one
+    mtp_normed: bool = True        # they read hidden states after the norm that ends them, else before it
     init_std: float = 0.02         # spread of initial weights
     seed: int = 0                  # decides initial weights, data order and dropout
 
+
+# What both have, at a size that trains in minutes on a CPU
+DEEPSEEK_TINY = dict(n_layer=4, n_head=6, n_embd=192, attn="mla", q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32,
+                     qk_rope_head_dim=16, v_head_dim=32, rope_layout="interleaved", d_ff=512, moe=True, n_expert=16, n_active=3,
+                     n_shared_expert=1, d_expert=64, n_dense_layer=1, n_group=4, top_group=2, seq_len=256, vocab_size=2048,
+                     tie_embeddings=False, lr=2e-3)
 
 PRESETS = {                        # flag --preset: many flags at once, later flags override it
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, norm="layer", norm_eps=1e-5, act="gelu_tanh",
@@ -113,10 +123,21 @@ PRESETS = {                        # flag --preset: many flags at once, later fl
                  head_bias=True, vocab_size=30522, lr=1e-4),                                           # base
     "transnormer": dict(n_layer=12, n_head=12, n_embd=768, d_ff=2048, attn="transnormer", pos="lrpe", lrpe_layers=1, norm="srms",
                         act="bilinear", embed_scale=True, tie_embeddings=False, seq_len=1024, lr=6e-4),     # at GPT-2's size
-    "deepseek-v3": dict(n_layer=61, n_head=128, n_embd=7168, attn="mla", q_lora_rank=1536, kv_lora_rank=512,
-                        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, rope_layout="interleaved", d_ff=18432,
-                        moe=True, n_expert=256, n_active=8, n_shared_expert=1, d_expert=2048, n_dense_layer=3,
-                        routed_scale=2.5, seq_len=4096, vocab_size=129280, tie_embeddings=False),
+    "deepseek-v2": dict(n_layer=60, n_head=128, n_embd=5120, attn="mla", q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+                        qk_rope_head_dim=64, v_head_dim=128, rope_layout="interleaved", d_ff=12288, moe=True, n_expert=160,
+                        n_active=6, n_shared_expert=2, d_expert=1536, n_dense_layer=1, router="softmax", norm_gates=False,
+                        routed_scale=16.0, n_group=8, top_group=3, group_score="max", bias_lr=0.0, aux_loss="expert",
+                        aux_alpha=0.003, n_device=8, device_alpha=0.05, comm_alpha=0.02, seq_len=4096, vocab_size=102400,
+                        tie_embeddings=False, lr=2.4e-4),                                              # 236B
+    "deepseek-v3": dict(n_layer=61, n_head=128, n_embd=7168, attn="mla", q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+                        qk_rope_head_dim=64, v_head_dim=128, rope_layout="interleaved", d_ff=18432, moe=True, n_expert=256,
+                        n_active=8, n_shared_expert=1, d_expert=2048, n_dense_layer=3, router="sigmoid", norm_gates=True,
+                        routed_scale=2.5, n_group=8, top_group=4, group_score="top2", aux_loss="sequence", aux_alpha=1e-4,
+                        seq_len=4096, vocab_size=129280, tie_embeddings=False, lr=2.2e-4),             # 671B; they trained with --mtp=1
+    "deepseek-v2-tiny": dict(DEEPSEEK_TINY, router="softmax", norm_gates=False, routed_scale=4.0, group_score="max", bias_lr=0.0,
+                             aux_loss="expert", aux_alpha=0.003, n_device=4, device_alpha=0.05, comm_alpha=0.02),
+    "deepseek-v3-tiny": dict(DEEPSEEK_TINY, router="sigmoid", routed_scale=2.5, group_score="top2", aux_loss="sequence",
+                             aux_alpha=1e-4, mtp=1),
 }
 
 ARCHS = {                          # flag --arch
@@ -151,7 +172,7 @@ AT_LEAST = {                       # smallest value of a field, and of those tha
     0: "n_kv_head head_dim window d_ff n_enc_layer kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim sparse_stride "
        "sparse_width lrpe_layers n_token_type rope_original attn_softcap logit_softcap clip_qkv attn_scale rope_local_theta start_token "
        "n_dense_layer res_alpha res_beta res_alpha_linear res_beta_linear res_alpha_mlp res_beta_mlp "
-       "rope_attn_factor rope_mscale rope_mscale_all embed_grad_shrink embed_dropout resid_dropout attn_dropout",
+       "rope_attn_factor rope_mscale rope_mscale_all embed_grad_shrink embed_dropout resid_dropout attn_dropout mtp mtp_weight",
 }
 ABOVE_ZERO = "norm_eps init_std rope_theta rope_fraction norm_share logit_scale rope_low rope_high rope_beta_fast rope_beta_slow"
 AT_MOST_ONE = "rope_fraction norm_share embed_grad_shrink"
@@ -193,6 +214,9 @@ def validate(cfg):
         if not moe_layers(cfg):
             raise UsageError(f"--n_dense_layer={cfg.n_dense_layer} with --moe_every={cfg.moe_every} and --dense_layers={cfg.dense_layers} "
                              f"leaves no block of --n_layer={cfg.n_layer} for experts; use --n_dense_layer=0 --moe_every=1")
+    if cfg.mtp and (cfg.arch != "decoder" or cfg.headless or cfg.mtp >= cfg.seq_len):
+        raise UsageError(f"--mtp={cfg.mtp} predicts tokens that nobody has read yet, through the head, and further ahead than "
+                         "--seq_len it never looks; use --arch=decoder, a head and --mtp=1, or --mtp=0")
     for layer in layer_plan(cfg):
         mixer = ATTENTION[layer.attn]
         if mixer.recurrent and cfg.arch != "decoder":
@@ -226,7 +250,8 @@ def idle(cfg):
         ("(q_lora|kv_lora|qk_nope|qk_rope|v_head).*", "mla" in kinds, "--attn=mla"), ("sparse_.*", kinds & PATTERNS.keys(), "a sparse pattern"),
         ("feature_map", "linear" in kinds, "--attn=linear"), ("tile|res_.*_linear", recurrent, "a linear mixer"),
         ("norm_groups", cfg.norm == "group", "--norm=group"), ("norm_share", cfg.norm == "prms", "--norm=prms"),
-        ("start_token|n_enc_layer", cfg.arch == "encdec", "--arch=encdec"), ("d_ff", not all(layer.moe for layer in plan), "a dense block"),
+        ("start_token|n_enc_layer", cfg.arch == "encdec", "--arch=encdec"), ("mtp_.*", cfg.mtp, "--mtp"),
+        ("d_ff", not all(layer.moe for layer in plan), "a dense block"),
         ("top_group|group_score", cfg.moe and cfg.n_group, "--moe and --n_group"),
         ("aux_alpha", cfg.moe and cfg.aux_loss != "none", "--moe and --aux_loss"),
         ("n_device", cfg.moe and (cfg.device_alpha or cfg.comm_alpha), "--moe and --device_alpha or --comm_alpha"),
@@ -456,6 +481,70 @@ class Block(nn.Module):
         return self.res2(x_BTD, self.mlp)
 
 
+# ---- Multi-token prediction (what comes after the next token?) ----
+#
+# The state h_i of place i predicts token i + 1. Module k = 1..D joins what is known at depth k - 1 with the token that came true
+# meanwhile, i + k, and predicts token i + k + 1. A row of T tokens has T - k such slots. All share embedding and head.
+# In training this asks states to plan ahead; in generation the modules draft tokens, and the model checks them all in one call.
+
+class MTP(nn.Module):
+    """h^k_i = Block(proj [norm_embed Emb(t_{i+k}) ; norm_hidden h^{k-1}_i]); the head reads norm(h^k).         [DSV3 eq 21-23]
+
+    As in transformers and the released weights, not in the paper: the embedding's half comes first, and h^0 and what a module
+    passes on are states after the norm that ends them (--mtp_normed)."""
+
+    def __init__(self, cfg, layer, end_norm):
+        super().__init__()
+        self.norm_embed, self.norm_hidden = (NORMS[cfg.norm](cfg.n_embd, cfg) for _ in range(2))
+        self.proj = nn.Linear(2 * cfg.n_embd, cfg.n_embd, bias=False)
+        self.block, self.norm, self.normed = Block(cfg, layer), end_norm, cfg.mtp_normed
+
+    def forward(self, state_BTD, embed_BTD, at, cache=None):
+        """(what the next module starts from, what the head reads)"""
+        x_BTD = self.proj(torch.cat([self.norm_embed(embed_BTD), self.norm_hidden(state_BTD)], -1))              # [DSV3 eq 21]
+        x_BTD = self.block(x_BTD, at, cache)                                                                     # [DSV3 eq 22]
+        read_BTD = self.norm(x_BTD)
+        return read_BTD if self.normed else x_BTD, read_BTD
+
+
+class Drafter:
+    """What the modules remember while a row grows: a cache each, whose slot i of module k has read token i + k."""
+
+    def __init__(self, model, doc_BS, length):
+        if not model.mtp:
+            raise UsageError("draft=True needs modules that draft; train a model with --mtp=1, or leave it out")
+        if any(block.attn.recurrent for block in model.blocks):
+            raise UsageError("draft=True takes rejected tokens back, which the state of a linear mixer cannot; use a model with "
+                             "softmax mixers alone, or leave it out")
+        if model.cfg.rope_scaling == "dynamic":
+            raise UsageError("draft=True: --rope_scaling=dynamic turns by the length read so far, and drafts are read, too; "
+                             "leave draft out")
+        self.model, self.doc_BS = model, doc_BS
+        self.place_BS = places_in_documents(doc_BS, length, model.embed.weight.device)
+        self.caches = [Cache([layer], spare=len(model.mtp)) for layer in model.mtp_plan]
+        self.state_BSD = self.next_BS = None                     # of slots that wait, and the tokens after them
+        self.counts = dict(calls=0, drafted=0, accepted=0)       # calls of the main model; drafts of a row, and those kept
+
+    def __call__(self, cache, read_BT, new_B1, rejected, n):
+        """After the main model has read tokens, `rejected` of them in vain, and picked a new one: the next n ids [B, n]."""
+        kept = read_BT.shape[1] - rejected
+        cache.crop(cache.length - rejected)
+        state_BSD, next_BS, end = cache.state_BTD[:, :kept], torch.cat([read_BT[:, 1:kept], new_B1], 1), cache.length
+        if self.state_BSD is not None:
+            state_BSD, next_BS = torch.cat([self.state_BSD, state_BSD], 1), torch.cat([self.next_BS, next_BS], 1)
+        # Slots that will have read drafts, up to D - 1, are read again when their tokens are known, so they wait here
+        begin = end - state_BSD.shape[1]
+        wait = max(begin, end - len(self.caches) + 1)
+        self.state_BSD, self.next_BS = state_BSD[:, wait - begin:], next_BS[:, wait - begin:]
+        docs, guess = None if self.doc_BS is None else self.doc_BS[:, begin:end], []
+        for k, own in enumerate(self.caches[:n], 1):
+            state_BSD, head_BSD = self.model.ahead(k, state_BSD, next_BS, self.place_BS[:, begin + k:end + k], docs, own)
+            own.crop(wait)
+            guess.append(self.model.logits(head_BSD[:, -1:]).argmax(-1))
+            next_BS = torch.cat([next_BS[:, 1:], guess[-1]], 1)
+        return torch.cat([new_B1[:, :0], *guess], 1)
+
+
 # ---- Initial weights (a function of seed and name) ----
 
 @contextlib.contextmanager
@@ -484,7 +573,7 @@ def init_parameters(model, cfg):
         else:
             writes = "w_o." in name or "w_down" in name
             std = cfg.init_std / (2 * cfg.n_layer) ** 0.5 if writes else cfg.init_std                  # [GPT2 sec 2.3]
-            if cfg.norm_at == "deepnorm" and "blocks" in name:
+            if cfg.norm_at == "deepnorm" and "block" in name:
                 passes = writes or "w_v." in name or ".mlp." in name
                 gain = deepnorm(cfg, encoder=name.startswith("enc_"))[1] if passes else 1.0
                 std = gain * (2 / sum(p.shape[-2:])) ** 0.5
@@ -565,6 +654,8 @@ class Model(nn.Module):
             self.rel_bias = nn.Embedding(cfg.t5_buckets, cfg.n_head) if cfg.pos == "t5" else None
             self.blocks = nn.ModuleList(Block(cfg, layer) for layer in self.plan)
             self.norm = norm(ends_in_norm)
+            self.mtp_plan = [replace(self.plan[-1], index=cfg.n_layer + k, moe=cfg.moe) for k in range(cfg.mtp)]
+            self.mtp = nn.ModuleList(MTP(cfg, layer, norm(ends_in_norm)) for layer in self.mtp_plan)
             self.mlm_dense = self.mlm_act = self.mlm_norm = None
             if cfg.mlm_head:
                 self.mlm_dense, self.mlm_act, self.mlm_norm = nn.Linear(D, D), activation(cfg, D), norm()
@@ -628,9 +719,13 @@ class Model(nn.Module):
             x_BSD = block(x_BSD, places[layer.kind])
         return self.dropout(self.enc_norm(x_BSD))
 
-    def hidden(self, tokens, dec=None, *, positions=None, doc_ids=None, cache=None, prefix_len=None, enc_doc_ids=None,
-               types=None, embeds=None, image=None):
-        """The normalised residual stream [B, T, D] that the head reads. tokens [B, T]; of an encoder-decoder the source [B, S],
+    def hidden(self, tokens, dec=None, **where):
+        """The normalised residual stream [B, T, D] that the head reads; arguments as in before_norm."""
+        return self.norm(self.before_norm(tokens, dec, **where))
+
+    def before_norm(self, tokens, dec=None, *, positions=None, doc_ids=None, cache=None, prefix_len=None, enc_doc_ids=None,
+                    types=None, embeds=None, image=None):
+        """The residual stream [B, T, D] after the last block. tokens [B, T]; of an encoder-decoder the source [B, S],
         and dec [B, T]. By keyword, where there is more to say:
             doc_ids [B, T]      documents of a row do not see each other, -1 is padding; enc_doc_ids [B, S] those of a source
             positions [B, T]    where they are not those in the document
@@ -658,7 +753,9 @@ class Model(nn.Module):
         for i, (block, layer) in enumerate(zip(self.blocks, self.plan)):
             own, cross = (cache.layers[i], cache.cross[i]) if cache else (None, None)
             x_BTD = block(x_BTD, places[layer.kind], own, memory, at_memory, cross)
-        return self.norm(x_BTD)
+        if cache and self.mtp:
+            cache.state_BTD = self.norm(x_BTD) if self.cfg.mtp_normed else x_BTD
+        return x_BTD
 
     def before_head(self, x_BTD):
         """What the head multiplies: MLM's own layer, T5's scale."""
@@ -672,7 +769,7 @@ class Model(nn.Module):
         return cap * torch.tanh(logits_BTV / cap) if cap else logits_BTV
 
     def forward(self, tokens, dec=None, **where):
-        """Logits [B, T, V] (of a headless model hidden states [B, T, D]); arguments as in hidden."""
+        """Logits [B, T, V] (of a headless model hidden states [B, T, D]); arguments as in before_norm."""
         x_BTD = self.hidden(tokens, dec, **where)
         return x_BTD if self.head is None else self.logits(x_BTD)
 
@@ -680,29 +777,76 @@ class Model(nn.Module):
         """BERT's summary [B, D] of hidden states, from the first token."""
         return torch.tanh(self.pooler(x_BTD[:, 0]))
 
+    def ahead(self, k, state_BTD, tokens_BT, positions, doc_ids, cache=None):
+        """Module k on slots with these states, which read tokens k places ahead of them (positions: theirs)."""
+        this = self.locate(tokens_BT, positions, doc_ids, cache, None, None)
+        places = Places(self.cfg, self.mtp_plan[k - 1], this)
+        return self.mtp[k - 1](state_BTD, self.embedded(tokens_BT, positions), places, cache and cache.layers[0])
+
+    def mtp_states(self, state_BTD, tokens_BS, positions=None, doc_ids=None):
+        """What the head reads at every depth k, [B, S - k, D]. A slot belongs to its state's document: one that has read a token
+        of the next document is seen only by slots that have, too."""
+        S, out = tokens_BS.shape[1], []
+        if S <= len(self.mtp):
+            raise UsageError(f"{S} tokens, and --mtp={len(self.mtp)} reads as many ahead; give rows of {len(self.mtp) + 1} or "
+                             "more")
+        positions = places_in_documents(doc_ids, S, tokens_BS.device) if positions is None else positions
+        for k in range(1, len(self.mtp) + 1):
+            slot_docs = None if doc_ids is None else doc_ids[:, :S - k]
+            state_BTD, read_BTD = self.ahead(k, state_BTD[:, :S - k], tokens_BS[:, k:], positions[:, k:], slot_docs)
+            out.append(read_BTD)
+        return out
+
+    def mtp_logits(self, tokens, **where):
+        """[logits [B, T - k, V] for depth k = 1..D]: slot i has read tokens up to i + k and predicts the one after. By keyword
+        positions and doc_ids, as in before_norm."""
+        x_BTD = self.before_norm(tokens, **where)
+        state_BTD = self.norm(x_BTD) if self.cfg.mtp_normed else x_BTD
+        return [self.logits(read) for read in self.mtp_states(state_BTD, tokens, **where)]
+
+    def nll_sum(self, x_BTD, targets_BT, weights_BT):
+        """sum of weights * nll, of the states that the head reads."""
+        targets_M, weights_M = targets_BT.flatten(), weights_BT.flatten()
+        if self.head_bias is None and not self.cfg.logit_softcap:
+            return linear_cross_entropy(self.before_head(x_BTD).flatten(0, 1), self.head.weight, targets_M, weights_M)
+        logits_MV = self.logits(x_BTD).flatten(0, 1)             # a bias or a cap: the logits are stored
+        logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+        nll_M = F.cross_entropy(logits_MV, targets_M, reduction="none", ignore_index=-2**31)  # weights, not ids, leave out
+        return (nll_M * weights_M).sum()
+
     def loss(self, batch):
-        """(sum of weights * nll, sum of weights, metrics): sums, so that micro-batches and ranks add up to one batch."""
+        """(sum of weights * nll, sum of weights, metrics): sums, so that micro-batches and ranks add up to one batch. In training
+        the first holds mtp_weight times the mean of the MTP modules' sums, too, over the same sum of weights   [DSV3 eq 24, 25];
+        metrics then has the mean nll of the model and of each module, over the weights of its own targets."""
         texts = [batch[key] for key in (("enc_tokens", "tokens") if self.cfg.arch == "encdec" else ("tokens",))]
         where = {key: batch[key] for key in ("positions", "doc_ids", "prefix_len", "enc_doc_ids", "types") if key in batch}
-        x_BTD = self.hidden(*texts, **where)
-        targets_M, weights_M = batch["targets"].flatten(), batch["weights"].flatten()
-        if self.head_bias is None and not self.cfg.logit_softcap:
-            loss_sum = linear_cross_entropy(self.before_head(x_BTD).flatten(0, 1), self.head.weight, targets_M, weights_M)
-        else:                                                    # a bias or a cap: the logits are stored
-            logits_MV = self.logits(x_BTD).flatten(0, 1)
-            logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
-            nll_M = F.cross_entropy(logits_MV, targets_M, reduction="none", ignore_index=-2**31)      # weights, not ids, leave out
-            loss_sum = (nll_M * weights_M).sum()
-        return loss_sum + aux_sum(self, batch["weights"].sum(1)), batch["weights"].sum(), {}
+        x_BTD = self.before_norm(*texts, **where)
+        read_BTD, targets, weights, docs, metrics = self.norm(x_BTD), batch["targets"], batch["weights"], batch.get("doc_ids"), {}
+        loss_sum = self.nll_sum(read_BTD, targets, weights)
+        if self.mtp and self.training:
+            metrics["nll"] = loss_sum.detach() / weights.sum().clamp(min=1e-20)
+            states = self.mtp_states(read_BTD if self.cfg.mtp_normed else x_BTD, batch["tokens"], batch.get("positions"), docs)
+            for k, state in enumerate(states, 1):
+                same = 1 if docs is None else docs[:, k:] == docs[:, :-k]          # no target in another document
+                ahead, weight = targets[:, k:], weights[:, k:] * same
+                mtp_sum = self.nll_sum(state, ahead, weight)
+                metrics[f"mtp{k}_nll"] = mtp_sum.detach() / weight.sum().clamp(min=1e-20)
+                loss_sum = loss_sum + self.cfg.mtp_weight / self.cfg.mtp * mtp_sum
+        return loss_sum + aux_sum(self, weights.sum(1)), weights.sum(), metrics
 
-    def new_cache(self):
-        return Cache(self.plan)
+    def new_cache(self, spare=0):
+        """spare: so many tokens, at least, can be taken back with crop, through windows too."""
+        return Cache(self.plan, spare)
 
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, generator=None, repetition_penalty=1.0,
-               stop=()):
+               stop=(), draft=False):
         """Yield the next ids [B] of each row, one call of the model a step, until there are max_new_tokens of them or every
-        row has met an id of `stop` (a row that has goes on repeating it). Arguments as in generate."""
+        row has met an id of `stop` (a row that has goes on repeating it). Arguments as in generate.
+
+        draft: the MTP modules guess the next D ids, and one call of the model reads them all. Each id is then picked from the
+        model's own logits as ever, until one is not what was guessed in some row; so the ids are those of draft=False, drawn
+        ones too (where logits of one token or several, which round differently, do not nearly tie).       [Spec sec 2.3]"""
         if self.cfg.arch == "encoder" or self.head is None:
             raise UsageError("an encoder or a model without a head does not generate; use --arch=decoder, prefix or encdec")
         for name, value, good in (("temperature", temperature, temperature >= 0), ("top_k", top_k, top_k >= 0),
@@ -725,25 +869,42 @@ class Model(nn.Module):
             where["prefix_len"] = tokens_BT.new_full((B,), tokens_BT.shape[1])
         stop_ids = torch.tensor([int(token) for token in stop], device=device)
         done_B = torch.zeros(B, dtype=torch.bool, device=device)
-        cache = self.new_cache()
-        for _ in range(max_new_tokens):
+        drafter, guess, left = None, tokens_BT[:, :0], max_new_tokens          # guess [B, n]
+        if draft:
+            docs = F.pad(where["doc_ids"], (0, left)) if where else None         # new tokens go on with document 0
+            drafter = Drafter(self, docs, tokens_BT.shape[1] + left)
+            self.drafted = drafter.counts
+        cache = self.new_cache(spare=len(self.mtp) if draft else 0)
+        while left > 0:
+            read, n_guess = torch.cat([new, guess], 1), guess.shape[1]
             with evaluating(self):
-                logits_BV = self(*source, new, cache=cache, **where)[:, -1].float()
-            seen_BV.scatter_(1, new[:, -1:], True)
-            if repetition_penalty != 1:
-                logits_BV = logits_BV.where(~seen_BV, penalised(logits_BV, repetition_penalty))
-            new_B = pick(logits_BV, temperature, top_k, top_p, generator).where(~done_B, new[:, -1])
-            done_B = done_B | torch.isin(new_B, stop_ids)
-            yield new_B
-            if len(stop_ids) and done_B.all():
-                return
-            new, where = new_B[:, None], {}                      # the cache knows the documents
+                logits_BCV = self(*source, read, cache=cache, **where)[:, -1 - n_guess:].float()
+            for i in range(n_guess + 1):
+                seen_BV.scatter_(1, new[:, -1:], True)
+                logits_BV = logits_BCV[:, i]
+                if repetition_penalty != 1:
+                    logits_BV = logits_BV.where(~seen_BV, penalised(logits_BV, repetition_penalty))
+                new_B = pick(logits_BV, temperature, top_k, top_p, generator).where(~done_B, new[:, -1])
+                done_B = done_B | torch.isin(new_B, stop_ids)
+                yield new_B
+                if len(stop_ids) and done_B.all():
+                    return
+                new, where, left = new_B[:, None], {}, left - 1                          # the cache knows the documents
+                if i < n_guess and not (done_B | (guess[:, i] == new_B)).all():       # the row that agrees least decides
+                    break
+            if draft:
+                for name, count in (("calls", 1), ("drafted", n_guess), ("accepted", i)):
+                    drafter.counts[name] += count
+                with evaluating(self):
+                    guess = drafter(cache, read, new, n_guess - i, max(0, min(len(self.mtp), left - 1)))
 
     def generate(self, tokens, max_new_tokens, **how):
         """Continue tokens [B, T] -> [B, T + n], where n is max_new_tokens, or fewer if every row meets a `stop` id before. A list
         of unequal prompts -> a list of rows, each up to its stop id. An encoder-decoder reads `tokens` and returns [B, 1 + n],
         its start token first. temperature 0 takes the likeliest id; top_k keeps the k likeliest (0: all), top_p the fewest
-        that together reach that probability; repetition_penalty above 1 makes ids that stand in the row already less likely."""
+        that together reach that probability; repetition_penalty above 1 makes ids that stand in the row already less likely.
+        draft=True: the same ids in fewer calls, by the MTP modules; then m.drafted counts the calls, the ids drafted for each row
+        and those accepted in all of them."""
         how["stop"] = [int(token) for token in how.get("stop", ())]
         new = [new_B[:, None] for new_B in self.stream(tokens, max_new_tokens, **how)]
         begin = tokens if isinstance(tokens, torch.Tensor) else [torch.as_tensor(row) for row in tokens]
@@ -768,7 +929,7 @@ def meta_model(cfg):
 
 
 PART_OF = {                        # the first of these in a parameter's name says which component it belongs to
-    "norm": "norms", ".res": "norms", "_gain": "norms", "rel_bias": "attention", "embed": "embedding",
+    "mtp.": "mtp", "norm": "norms", ".res": "norms", "_gain": "norms", "rel_bias": "attention", "embed": "embedding",
     ".cross.": "cross-attention", ".attn.": "attention", "router": "experts", "experts": "experts", "shared": "experts",
     ".mlp.": "mlp",
 }
@@ -781,7 +942,7 @@ def component(name):
 def parameter_table(model, active=False):
     """{component: parameters}, or of them those that one token meets; a tied head counts once, under embedding."""
     cfg = model.cfg
-    table = dict.fromkeys(("embedding", "attention", "cross-attention", "mlp", "experts", "norms", "head"), 0)
+    table = dict.fromkeys(("embedding", "attention", "cross-attention", "mlp", "experts", "norms", "head", "mtp"), 0)
     for name, p in model.named_parameters():
         table[component(name)] += p.numel() * cfg.n_active // cfg.n_expert if active and ".experts." in name else p.numel()
     return {part: count for part, count in table.items() if count}
@@ -804,11 +965,13 @@ def block_macs(block, cfg, T):
     return weights + experts + sum(mixer.macs(T) for mixer in mixers(block))
 
 
-def flops_per_token(model, seq_len):
+def flops_per_token(model, seq_len, mtp=True):
     """Training FLOPs of a token: 2 for a multiply-add, as much again for each of the two gradients; the head counts, lookups
     do not. Of an encoder-decoder: a token of the source and one of the target together.                 [PaLM app B]"""
     blocks = sum(block_macs(block, model.cfg, seq_len) for block in [*model.enc_blocks, *model.blocks])
-    return 6 * (blocks + sum(m.weight.numel() for m in (model.mlm_dense, model.head) if m is not None))
+    head = sum(m.weight.numel() for m in (model.mlm_dense, model.head) if m is not None)
+    ahead = sum(head + m.proj.weight.numel() + block_macs(m.block, model.cfg, seq_len) for m in model.mtp) if mtp else 0
+    return 6 * (blocks + head + ahead)
 
 
 def cache_bytes(model, T, size=2):
@@ -846,14 +1009,15 @@ def describe(model, seq_len=0):
     table, used = parameter_table(model), parameter_table(model, active=True)
     total, active, flops = sum(table.values()), sum(used.values()), flops_per_token(model, T)
     blocks, plan = [*model.enc_blocks, *model.blocks], [*model.enc_plan, *model.plan]
-    between = 6 * sum(mixer.macs(T) for block in blocks for mixer in mixers(block))
+    between = 6 * sum(mixer.macs(T) for block in [*blocks, *(m.block for m in model.mtp)] for mixer in mixers(block))
+    reads = flops_per_token(model, T, mtp=False) / 3
     depth = f"{len(model.enc_blocks)} + " * bool(model.enc_plan) + f"{cfg.n_layer}"
     out = [f"{cfg.arch} of {depth} blocks, {cfg.n_embd:,} wide, {cfg.n_head} heads, vocabulary {cfg.vocab_size:,}, {T:,} tokens"]
 
     out += ["", f"{'parameters':38s}{'share':>8s}{'active a token':>24s}{'share':>8s}"]
     for part, n, a in [*((part, n, used[part]) for part, n in table.items()), ("all", total, active)]:
         out.append(f"  {part:16s}{n:20,}{n / total:8.1%}{a:24,}{a / active:8.1%}")
-    out += ["", f"{'compute a token':18s}{human(flops, 'FLOP'):>20s} to train on, {human(flops / 3, 'FLOP')} to read; "
+    out += ["", f"{'compute a token':18s}{human(flops, 'FLOP'):>20s} to train on, {human(reads, 'FLOP')} to read; "
             f"{between / flops:.1%} of it between tokens" + " (one of the source, one of the target)" * bool(model.enc_plan)]
 
     sizes = dict(float32=4, bfloat16=2, int8=1, int4=0.5)
@@ -1263,9 +1427,10 @@ class Arch:
 
 
 # A row of an architecture's table of tensors:
-#     theirs   their name; {i} stands for the layer, {e} for the expert
+#     theirs   their name; {i} stands for the layer, {n} for a layer after the last, {e} for the expert
 #     ours     our names, several where theirs holds them one after the other
-#     how      it is stored: "turned" ([in, out], GPT-2), "heads" (ours one after the other in every head), "row" ([H, 1, K])
+#     how      it is stored: "turned" ([in, out], GPT-2), "heads" (ours one after the other in every head), "row" ([H, 1, K]),
+#              "one" (ours has an axis of one expert before), "columns" ([E, in, out], the columns of ours in turn, gpt-oss)
 #     when     a module of ours that must be in the block, or with - must not
 Names = namedtuple("Names", "theirs ours how when")
 
@@ -1286,9 +1451,13 @@ ROPE = {                                         # rope_type: {our field: key of
 }
 
 
+TWINS = (("num_experts", "num_local_experts"), ("num_nextn_predict_layers", "num_mtp_layers"))      # two keys for one thing
+
+
 def _one_spelling(config):
     """RoPE as the hub spells it: rope_theta and partial_rotary_factor at the top, the rest in rope_scaling. Transformers 5
-    writes all of it in rope_parameters, for Gemma 3 one dict for each type of layer."""
+    writes all of it in rope_parameters, for Gemma 3 one dict for each type of layer. A key that has a twin is there twice."""
+    config = {b: config[a] for pair in TWINS for a, b in (pair, pair[::-1]) if a in config} | config
     new, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     near = new.get("sliding_attention") or {}
     rope = (new.get("full_attention") or {}) | scaling if near or "full_attention" in new else scaling or new
@@ -1299,7 +1468,7 @@ def _one_spelling(config):
 
 
 def _read_rope(hf, ours):
-    rope = hf["rope_scaling"]
+    rope = hf["rope_scaling"] or hf.get("usual_rope", {})
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE:
         raise UsageError(f"config.json asks for RoPE scaling {kind!r}, which is not implemented; these are: {list(ROPE)}")
@@ -1384,6 +1553,59 @@ def _write_tnl(c, hf):
     hf |= dict(linear_use_lrpe_list=[int(i < first) for i in range(c["n_layer"])], hidden_dim=c["head_dim"] * c["n_head"])
 
 
+def _read_mla(hf, ours):
+    ours["head_dim"] = ours["v_head_dim"]        # every width is said: n_head need not divide n_embd
+    if ours["rope_scaling"] != "none":           # sharpens the scores with any scaling, not with YaRN alone
+        ours["rope_mscale_all"] = _number("rope_mscale_all", {"mscale_all_dim": None} | hf["rope_scaling"], "mscale_all_dim")
+
+
+def _write_mla(c, hf):
+    hf["q_lora_rank"] = c["q_lora_rank"] or None
+    if c["rope_scaling"] != "none" and c["rope_mscale_all"]:
+        hf["rope_scaling"]["mscale_all_dim"] = c["rope_mscale_all"]
+
+
+def _groups(free, limited):
+    """Group-limited choice of experts; free and limited are names of topk_method without and with it."""
+    def read(hf, ours):
+        if free != limited and hf["topk_method"] == free or ours["n_group"] < 2:
+            ours |= dict(n_group=0, top_group=0)
+
+    def write(c, hf):
+        hf |= dict(n_group=c["n_group"] or 1, topk_group=c["top_group"] or 1, topk_method=limited if c["n_group"] else free)
+    return read, write
+
+
+def _write_dense(c, hf):
+    """first_k_dense_replace: dense blocks come first."""
+    dense = c["dense_layers"].split(",") if c["dense_layers"] else []
+    if dense != [str(i) for i in range(len(dense))]:
+        raise KeyError("dense_layers")
+    hf["first_k_dense_replace"] = len(dense)
+
+
+def _read_floor(hf, ours):
+    ours["head_dim"] = ours["head_dim"] or ours["n_embd"] // ours["n_head"]        # their class rounds down
+
+
+def _read_sparse(hf, ours):
+    dense = hf["mlp_only_layers"] or []
+    if not all(type(i) is int for i in dense) or _number("moe_every", hf, "decoder_sparse_step") < 1:
+        raise UsageError(f"config.json has mlp_only_layers={dense}, decoder_sparse_step={hf['decoder_sparse_step']}; expected "
+                         "numbers of layers, such as [0, 5], and a step such as 1")
+    ours |= dict(moe_every=hf["decoder_sparse_step"],
+                 dense_layers=",".join(str(i) for i in sorted(set(dense)) if 0 <= i < ours["n_layer"]))
+
+
+def _write_sparse(c, hf):
+    hf |= dict(decoder_sparse_step=1, mlp_only_layers=[int(i) for i in c["dense_layers"].split(",") if i])
+
+
+def _write_oss(c, hf):
+    if c["rope_scaling"] == "none":              # nothing said means YaRN
+        hf["rope_scaling"] = dict(rope_type="default")
+
+
 PLAIN = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "relu2": "relu2",
          "silu": "silu", "swish": "silu", "mish": "mish", "tanh": "tanh", "sigmoid": "sigmoid"}
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh", "gelu": "geglu",
@@ -1400,6 +1622,20 @@ LLAMA_KEYS = KEYS | dict(n_kv_head=("num_key_value_heads", None), head_dim=("hea
 BIASES = dict(qkv_bias=("attention_bias", False), out_bias=("attention_bias", False))
 GLM_KEYS = dict(qkv_bias=("attention_bias", True), rope_fraction=("partial_rotary_factor", 0.5))
 GEMMA_KEYS = BIASES | dict(act=("hidden_activation", "gelu_pytorch_tanh", GATED), logit_softcap=("final_logit_softcapping", 30.0))
+MLA_KEYS = BIASES | dict(head_dim=None, **{name: (name, usual) for name, usual in (
+    ("q_lora_rank", 1536), ("kv_lora_rank", 512), ("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64), ("v_head_dim", 128))})
+SWIGLU_ONLY = dict(act=("hidden_act", "silu", {"silu": "swiglu"}))
+MOE_KEYS = SWIGLU_ONLY | dict(n_active=("num_experts_per_tok", 8), d_expert=("moe_intermediate_size", 1407),
+                              norm_gates=("norm_topk_prob", False))
+SHARED_KEYS = MOE_KEYS | dict(n_expert=("n_routed_experts", 64), n_shared_expert=("n_shared_experts", 2),
+                              n_dense_layer=("first_k_dense_replace", 0))
+V3_KEYS = SHARED_KEYS | dict(n_group=("n_group", 8), top_group=("topk_group", 4), routed_scale=("routed_scaling_factor", 2.5),
+                             mtp=("num_nextn_predict_layers", 1))
+MIXTRAL_KEYS = SWIGLU_ONLY | dict(d_ff=None, d_expert=("intermediate_size", 14336), n_expert=("num_local_experts", 8),
+                                  n_active=("num_experts_per_tok", 2))
+SPARSE = dict(moe=True, router="softmax", n_shared_expert=0, n_dense_layer=0, bias_lr=0.0)
+V3_ROUTER = dict(moe=True, router="sigmoid", group_score="top2")
+V3_ONLY = dict(scoring_func=("sigmoid",), topk_method=("noaux_tc",), moe_layer_freq=(1,))
 MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
 QWEN = dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
             use_sliding_window=False, sliding_window=4096, max_window_layers=28)
@@ -1414,6 +1650,16 @@ SWIGLU = {f"mlp.{p}_proj": f"mlp.w_{p}" for p in ("gate", "up", "down")}
 FUSED = {"mlp.gate_up_proj": "mlp.w_gate mlp.w_up", "mlp.down_proj": "mlp.w_down"}
 MIXTRAL = {"block_sparse_moe.gate": "mlp.router"} | {f"block_sparse_moe.experts.{{e}}.{theirs}.weight": f"mlp.experts.w_{ours}"
                                                      for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down"))}
+EXPERTS = {f"mlp.experts.{{e}}.{p}_proj.weight": f"mlp.experts.w_{p}" for p in ("gate", "up", "down")} | {"mlp.gate": "mlp.router"}
+SHARED = EXPERTS | {f"mlp.shared_experts.{p}_proj.weight": (f"mlp.shared.w_{p}", "one", "") for p in ("gate", "up", "down")}
+V3_MLP = SWIGLU | SHARED | {"mlp.gate.e_score_correction_bias": "mlp.bias_E"}
+OSS_MOE = {"mlp.router": "mlp.router", "mlp.experts.gate_up_proj": ("mlp.experts.w_gate mlp.experts.w_up", "columns", ""),
+           "mlp.experts.gate_up_proj_bias": ("mlp.experts.b_gate mlp.experts.b_up", "columns", ""),
+           "mlp.experts.down_proj": ("mlp.experts.w_down", "columns", ""), "mlp.experts.down_proj_bias": "mlp.experts.b_down"}
+MLA = {"self_attn.q_proj": ("attn.w_q", "", "-attn.w_dq"), "self_attn.q_a_proj": "attn.w_dq",
+       "self_attn.q_a_layernorm.weight": "attn.q_gain", "self_attn.q_b_proj": ("attn.w_q", "", "attn.w_dq"),
+       "self_attn.kv_a_proj_with_mqa": "attn.w_dkv", "self_attn.kv_a_layernorm.weight": "attn.kv_gain",
+       "self_attn.kv_b_proj": "attn.w_ukv", "self_attn.o_proj": "attn.w_o"}
 LIGHTNING = {name: (ours, "", "-attn.norm") for name, ours in QKVO.items()} | {
     "self_attn.qkv_proj": ("attn.w_q attn.w_k attn.w_v", "heads", "attn.norm"), "self_attn.norm": "attn.norm",
     "self_attn.out_proj": ("attn.w_o", "", "attn.norm"), "self_attn.output_gate": "attn.w_gate"}
@@ -1434,9 +1680,16 @@ def _decoder(block):
             + _named(block, "model.layers.{i}.", "blocks.{i}."))
 
 
+def _mtp(block):
+    """Names of the modules that predict further tokens: they follow the last layer."""
+    own = {"enorm": "norm_embed", "hnorm": "norm_hidden", "eh_proj": "proj", "shared_head.norm": "norm"}
+    return _named(own, "model.layers.{n}.", "mtp.{i}.") + _named(block, "model.layers.{n}.", "mtp.{i}.block.")
+
+
 def _llama_like(cls, defaults, keys={}, fixed={}, block=PRE | QKVO | SWIGLU, parts=(), **rest):
     keys = {name: key for name, key in (LLAMA_KEYS | keys).items() if key}
-    return Arch(cls, keys, dict(rope_theta=10000.0) | defaults, dict(attn="gqa", pos="rope") | fixed, _decoder(block),
+    names = _decoder(block) + (_mtp(block) if "mtp" in keys else [])
+    return Arch(cls, keys, dict(rope_theta=10000.0) | defaults, dict(attn="gqa", pos="rope") | fixed, names,
                 ((_read_rope, _write_rope), *parts), **dict(renames=(BARE,)) | rest)
 
 
@@ -1490,14 +1743,66 @@ CONVERT = {                                      # their model_type
         ignored=r"^(model\.)?(vision_tower|multi_modal_projector)\."),
     "minimax": _llama_like(
         "MiniMaxForCausalLM", MISTRAL | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, attn_type_list=None),
-        dict(d_ff=None, d_expert=("intermediate_size", 14336), n_expert=("num_local_experts", 8),
-             n_active=("num_experts_per_tok", 2), act=("hidden_act", "silu", {"silu": "swiglu"}))
-        | {f"res_{factor}{ours}": (f"{theirs}_{factor}_factor", 1) for factor in ("alpha", "beta")
+        MIXTRAL_KEYS | {f"res_{factor}{ours}": (f"{theirs}_{factor}_factor", 1) for factor in ("alpha", "beta")
            for ours, theirs in (("", "full_attn"), ("_linear", "linear_attn"), ("_mlp", "mlp"))},
-        dict(norm_at="prenorm_residual", moe=True, router="softmax", n_shared_expert=0, n_dense_layer=0, bias_lr=0.0),
+        SPARSE | dict(norm_at="prenorm_residual"),
         PRE | MIXTRAL | LIGHTNING, [_layers(lambda hf, i: (hf["attn_type_list"] or [1, 0] * (i + 1))[i], ("layer_types",), "gqa",
                                             ("linear_attention", "full_attention"))], only=dict(rotary_dim=(None,)),
         ignored=r"self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$"),
+    "mixtral": _llama_like("MixtralForCausalLM", MISTRAL | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None),
+                           MIXTRAL_KEYS, SPARSE, PRE | MIXTRAL | QKVO, [_layers(lambda hf, i: False, (), "gqa")]),
+    "qwen3_moe": _llama_like(
+        "Qwen3MoeForCausalLM", QWEN | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=24, num_key_value_heads=4,
+                                           moe_intermediate_size=768, decoder_sparse_step=1, mlp_only_layers=None),
+        BIASES | MOE_KEYS | dict(n_expert=("num_experts", 128)), SPARSE | dict(qk_norm="head"), PRE | QKVO | SWIGLU | EXPERTS,
+        [_layers(lambda hf, i: False, ("use_sliding_window",), "gqa"), (_read_sparse, _write_sparse)]),
+    "olmoe": _llama_like(
+        "OlmoeForCausalLM", dict(vocab_size=50304, hidden_size=2048, num_hidden_layers=16, num_attention_heads=16,
+                                 max_position_embeddings=4096, rms_norm_eps=1e-5),
+        BIASES | MOE_KEYS | dict(d_ff=None, head_dim=None, d_expert=("intermediate_size", 2048), n_expert=("num_experts", 64),
+                                 clip_qkv=("clip_qkv", None)), SPARSE | dict(qk_norm="width"), PRE | QKVO | EXPERTS),
+    "deepseek": _llama_like(                                     # their own class, not among those of transformers
+        "DeepseekForCausalLM", dict(vocab_size=102400, hidden_size=2048, intermediate_size=10944, num_hidden_layers=28,
+                                    num_attention_heads=16, num_experts_per_tok=6, moe_intermediate_size=1408),
+        BIASES | SHARED_KEYS, dict(moe=True, router="softmax", bias_lr=0.0), PRE | QKVO | SWIGLU | SHARED,
+        [(lambda hf, ours: None, _write_dense)], only=dict(scoring_func=("softmax",), moe_layer_freq=(1,))),
+    "deepseek_v2": _llama_like(
+        "DeepseekV2ForCausalLM", dict(vocab_size=102400, topk_method="greedy", num_experts_per_tok=None),
+        MLA_KEYS | SHARED_KEYS | dict(norm_gates=None, n_group=("n_group", None), top_group=("topk_group", None),
+                                      routed_scale=("routed_scaling_factor", 1.0)),
+        dict(attn="mla", rope_layout="interleaved", moe=True, router="softmax", norm_gates=False, group_score="max", bias_lr=0.0),
+        PRE | MLA | SWIGLU | SHARED,
+        [(_read_mla, _write_mla), _groups("greedy", "group_limited_greedy"), (lambda hf, ours: None, _write_dense)],
+        only=dict(scoring_func=("softmax",), topk_method=("greedy", "group_limited_greedy"), moe_layer_freq=(1,),
+                  mlp_bias=(False,), norm_topk_prob=(False, None))),                 # their code and transformers' disagree on it
+    "deepseek_v3": _llama_like(
+        "DeepseekV3ForCausalLM", dict(
+            vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
+            num_attention_heads=128, num_key_value_heads=128, max_position_embeddings=4096, n_shared_experts=1,
+            n_routed_experts=256, first_k_dense_replace=3, norm_topk_prob=True),
+        MLA_KEYS | V3_KEYS | dict(rope_layout=("rope_interleave", True, {True: "interleaved", False: "half"})),
+        V3_ROUTER | dict(attn="mla"), PRE | MLA | V3_MLP, [(_read_mla, _write_mla), _groups("noaux_tc", "noaux_tc"),
+                                                           (lambda hf, ours: None, _write_dense)], only=V3_ONLY),
+    "glm4_moe": _llama_like(
+        "Glm4MoeForCausalLM", dict(
+            vocab_size=151552, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=46, num_attention_heads=96,
+            num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, n_shared_experts=1, n_routed_experts=128,
+            routed_scaling_factor=1.0, n_group=1, topk_group=1, first_k_dense_replace=1, norm_topk_prob=True),
+        V3_KEYS | dict(qkv_bias=("attention_bias", False), rope_fraction=("partial_rotary_factor", 0.5),
+                       qk_norm=("use_qk_norm", False, {False: "none", True: "head"})),
+        V3_ROUTER, PRE | QKVO | V3_MLP, [(_read_floor, _write_dense), _groups("noaux_tc", "noaux_tc")], only=V3_ONLY),
+    "gpt_oss": _llama_like(
+        "GptOssForCausalLM", dict(
+            vocab_size=201088, hidden_size=2880, num_hidden_layers=36, num_attention_heads=64, num_key_value_heads=8, head_dim=64,
+            max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=150000.0, sliding_window=128, attention_bias=True,
+            usual_rope=dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                            original_max_position_embeddings=4096)),
+        BIASES | MIXTRAL_KEYS | dict(act=None, d_expert=("intermediate_size", 2880), n_expert=("num_local_experts", 128),
+                                     n_active=("num_experts_per_tok", 4)),
+        SPARSE | dict(router="chosen", router_bias=True, expert_act="swiglu_oss", expert_bias=True, sinks=True),
+        PRE | QKVO | OSS_MOE | {"self_attn.sinks": "attn.sinks"},
+        [_layers(lambda hf, i: (i + 1) % 2), (lambda hf, ours: None, _write_oss)],
+        only=dict(hidden_act=("silu",), swiglu_alpha=(1.702,), swiglu_limit=(7.0,))),
     "transnormer": Arch(
         "TransnormerForCausalLM",
         dict(vocab_size=("vocab_size", 64000), n_layer=("decoder_layers", 24), n_embd=("decoder_embed_dim", 1024),
@@ -1576,14 +1881,15 @@ def _described(arch, c):
     hf = dict(architectures=[arch.cls])
     for name, (key, _, *choices) in arch.keys.items():
         hf[key] = {ours: theirs for theirs, ours in reversed(choices[0].items())}[c[name]] if choices else c[name]
-        if name.endswith("softcap") and not c[name]:
+        if (name.endswith("softcap") or name == "clip_qkv") and not c[name]:
             hf[key] = None
     for _, write in arch.parts:
         write(c, hf)
     return hf
 
 
-TRAINING = r".*_dropout|init_std|seed|tile|embed_grad_shrink|bias_lr|aux_.*|z_alpha|n_device|device_alpha|comm_alpha|dispatch"               # fields that do not change what is computed
+TRAINING = (r".*_dropout|init_std|seed|tile|embed_grad_shrink|bias_lr|aux_.*|z_alpha|n_device|device_alpha|comm_alpha|dispatch|"
+            "mtp_weight")                        # fields that do not change what is computed
 
 
 def _canonical(cfg):
@@ -1601,6 +1907,14 @@ def _canonical(cfg):
     for factor in ("res_alpha", "res_beta") if cfg.norm_at != "deepnorm" else ():
         linear, usual = any(ATTENTION[kind].recurrent for kind in kinds) and c[f"{factor}_linear"], c[factor] or 1.0
         c |= {factor: usual, f"{factor}_linear": linear or usual, f"{factor}_mlp": c[f"{factor}_mlp"] or usual}
+    limited = cfg.top_group < cfg.n_group                        # else every group may be chosen
+    c |= dict(n_group=cfg.n_group * limited, top_group=cfg.top_group * limited, n_dense_layer=0, moe_every=1,
+              dense_layers=",".join(str(layer.index) for layer in plan if not layer.moe))
+    if "mla" in kinds:
+        with torch.device("meta"):
+            mla = ATTENTION["mla"](cfg, plan[0])
+        c |= dict(kv_lora_rank=mla.kv_rank, qk_nope_head_dim=mla.nope, qk_rope_head_dim=mla.rope_dim, v_head_dim=mla.v_dim)
+        c["head_dim"] *= kinds != {"mla"}
     near = cfg.rope_local_theta if "swa" in kinds else cfg.rope_theta
     c["rope_local_theta"] = near or (cfg.rope_theta if cfg.rope_scaling == "none" else 0.0)
     return c
@@ -1609,7 +1923,8 @@ def _canonical(cfg):
 def _free(cfg):
     """Pattern of the fields in which configurations of one function may differ."""
     kinds, same = {layer.attn for layer in layer_plan(cfg)}, ["seq_len"] * (cfg.pos != "learned")
-    return "|".join([TRAINING, "attn", *idle(cfg), *same, *["attn_scale"] * ("mla" in kinds and not cfg.attn_scale)])
+    return "|".join([TRAINING, "attn", *idle(cfg), *same, *["attn_scale"] * ("mla" in kinds and not cfg.attn_scale),
+                     *["group_score"] * (cfg.top_group >= cfg.n_group), *["mtp_normed"] * (not cfg.mtp)])
 
 
 def _own(model):
@@ -1621,13 +1936,13 @@ def _pairs(arch, cfg, own):
     """[(their name, our names, expert or None, how)] of all that is in `own`."""
     pairs = []
     for theirs, names, how, when in arch.names:
-        for i in range(max(cfg.n_layer, cfg.n_enc_layer) if "{i}" in theirs else 1):
-            sibling = f"{names[0].split('{i}')[0]}{i}.{when.lstrip('-')}.weight"
+        for i in range(cfg.mtp if "{n}" in theirs else max(cfg.n_layer, cfg.n_enc_layer) if "{i}" in theirs else 1):
+            sibling = re.match(r"(.*\{i\}\.(block\.)?)?", names[0])[0].format(i=i) + f"{when.lstrip('-')}.weight"
             for suffix in ("", ".weight", ".bias") if not when or (sibling in own) == (when[0] != "-") else ():
                 ours = [name.format(i=i) + suffix for name in names]
                 if own.keys() >= set(ours):
                     experts = range(len(own[ours[0]])) if "{e}" in theirs else (None,)
-                    pairs += [(theirs.format(i=i, e=e) + suffix, ours, e, how) for e in experts]
+                    pairs += [(theirs.format(i=i, e=e, n=cfg.n_layer + i) + suffix, ours, e, how) for e in experts]
     return pairs
 
 
@@ -1635,21 +1950,28 @@ def _join(parts, how, K):
     """Our tensors -> theirs."""
     if how == "heads":
         return torch.stack([part.unflatten(0, (-1, K)) for part in parts], 1).flatten(0, 2)
+    if how == "columns":
+        return torch.stack([part.mT if part.ndim == 3 else part for part in parts], -1).flatten(-2)
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return whole.T if how == "turned" and whole.ndim == 2 else whole[:, None] if how == "row" else whole
+    return (whole.T if how == "turned" and whole.ndim == 2 else whole[:, None] if how == "row" else whole[0] if how == "one"
+            else whole)
 
 
 def _split(whole, like, how, K):
     """Their tensor -> ours, of the sizes of those in `like`."""
     if how == "heads":
         return [part.flatten(0, 1) for part in whole.unflatten(0, (-1, len(like), K)).unbind(1)]
-    whole = whole.T if how == "turned" and whole.ndim == 2 else whole[:, 0] if how == "row" else whole
+    if how == "columns":
+        return [part.mT if part.ndim == 3 else part for part in whole.unflatten(-1, (-1, len(like))).unbind(-1)]
+    whole = (whole.T if how == "turned" and whole.ndim == 2 else whole[:, 0] if how == "row" else whole[None] if how == "one"
+             else whole)
     return whole.split([len(part) for part in like]) if len(like) > 1 else [whole]
 
 
 def _heads(arch, fields, tensors):
     """Which heads there are is said by the tensors. A head beside an embedding that it should be tied to, and other than it, is
-    a head of its own."""
+    a head of its own. Of the modules that predict further tokens as many count as are there and config.json wants; they may
+    bring copies of embedding and head."""
     if fields.get("arch") == "encoder":
         mlm = any(name.startswith("cls.predictions.") for name in tensors)
         fields |= dict(mlm_head=mlm, head_bias=mlm, headless=not mlm, pooler="bert.pooler.dense.weight" in tensors)
@@ -1659,6 +1981,15 @@ def _heads(arch, fields, tensors):
         fields["tie_embeddings"] = a.dtype == b.dtype and torch.equal(a, b)
         if fields["tie_embeddings"]:
             del tensors[head]
+    if "mtp" in arch.keys and tensors:
+        L, layer_of = fields["n_layer"], lambda name: int((re.match(r"model\.layers\.(\d{1,6})\.", name) or [0, -1])[1])
+        more = {layer_of(name) for name in tensors if name.endswith(".enorm.weight")} - set(range(L))
+        fields["mtp"] = min(fields["mtp"], next(k for k in itertools.count() if L + k not in more))
+        same = {"embed_tokens": tensors.get(embed), "shared_head.head": tensors.get(head, tensors.get(embed))}
+        for name in [name for name in tensors if layer_of(name) in more]:          # not asked for, or a copy of what is shared
+            of = same.get(name.split(".", 3)[3].removesuffix(".weight"))
+            if layer_of(name) >= L + fields["mtp"] or of is not None and torch.equal(tensors[name], of):
+                del tensors[name]
     return fields
 
 

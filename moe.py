@@ -59,7 +59,7 @@ class MoEConfig:
     n_group: int = 0               # groups of experts of which a token may visit few; 0 is no limit
     top_group: int = 0             # groups that a token may visit
     group_score: str = "top2"      # how a group is judged, a key of GROUP_SCORES
-    bias_lr: float = 0.001         # step of the balancing bias; 0 leaves the load as it falls
+    bias_lr: float = 0.001         # step of the balancing bias, in units of the scores; 0 leaves the load as it falls
     expert_act: str = "swiglu"     # activation of the experts, a key of EXPERT_ACTS
     expert_bias: bool = False      # biases in the routed experts
     aux_loss: str = "none"         # auxiliary balance loss, a key of AUX_LOSSES
@@ -80,6 +80,11 @@ ROUTERS = {                        # flag --router
     "chosen": lambda logits: logits,                       # gates: softmax over the chosen logits alone      (gpt-oss)
 }
 
+GROUP_SCORES = {                   # flag --group_score
+    "top2": lambda score_MGX: score_MGX.topk(2, dim=-1).values.sum(-1),     # the two best, biased        (DeepSeek-V3)
+    "max": lambda score_MGX: score_MGX.amax(-1),                            # the best             [DSV2 sec 2.2.2]
+}
+
 
 def scores(logits, cfg):
     """Scores above zero of all experts, as the balance losses and metrics want them."""
@@ -87,12 +92,8 @@ def scores(logits, cfg):
 
 
 def shares(score):
+    """The same, made probabilities."""
     return score / (score.sum(-1, keepdim=True) + 1e-20)
-
-GROUP_SCORES = {                   # flag --group_score
-    "top2": lambda score_MGX: score_MGX.topk(2, dim=-1).values.sum(-1),     # the two best, biased        (DeepSeek-V3)
-    "max": lambda score_MGX: score_MGX.amax(-1),                            # the best             [DSV2 sec 2.2.2]
-}
 
 
 def route(logits_ME, bias_E, cfg):
@@ -109,7 +110,7 @@ def route(logits_ME, bias_E, cfg):
             choice_ME = score_ME + bias_E
         else:                                                # V3: a biased score may be negative, and 0 would beat it
             choice_ME = choice_ME.masked_fill(out_ME, -torch.inf)
-    expert_MA = choice_ME.topk(cfg.n_active, dim=-1, sorted=not cfg.n_group).indices
+    expert_MA = choice_ME.topk(cfg.n_active, dim=-1, sorted=not cfg.n_group).indices      # as released: gates sum in that order
     gate_MA = score_ME.gather(1, expert_MA)
     if cfg.router == "chosen":                               # equals softmax with norm_gates, where there is no bias
         gate_MA = gate_MA.softmax(-1)
@@ -166,10 +167,6 @@ class Experts(nn.Module):
         h = EXPERT_ACTS[self.cfg.expert_act](apply(x, self.w_gate, self.b_gate), apply(x, self.w_up, self.b_up))
         return apply(h, self.w_down, self.b_down)
 
-    def one(self, e, x_CD):
-        """Expert e, of the rows that visit it."""
-        return self.mlp(x_CD, lambda x, w, b: F.linear(x, w[e], None if b is None else b[e]))
-
     def visit(self, x_VD, count_E):
         """Rows sorted by expert -> their experts' outputs. The seam for expert parallelism: where ranks own experts, send
         each its rows here (all-to-all), let it visit() those that arrive, and send the outputs back; nothing else changes."""
@@ -189,7 +186,14 @@ class Experts(nn.Module):
 
 def loop(experts, x_VD, count_E):
     """The readable one. An expert without visits still runs, on no rows, so that every weight has a gradient on every rank."""
-    return torch.cat([experts.one(e, x_CD) for e, x_CD in enumerate(x_VD.split(count_E.tolist()))])
+    sizes = count_E.tolist()
+
+    def apply(x_VK, w_EJK, b_EJ):
+        biases = [None] * len(sizes) if b_EJ is None else b_EJ
+        # unbind: the gradient of w[e] would be as large as all of w, for every e
+        return torch.cat([F.linear(x_CK, w, b) for x_CK, w, b in zip(x_VK.split(sizes), w_EJK.unbind(), biases)])
+
+    return experts.mlp(x_VD, apply)
 
 
 GROUPED_MM = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -206,7 +210,7 @@ def grouped(experts, x_VD, count_E):
         multiple = 16 // x_VK.element_size()                 # rows must begin on 16 bytes; zeros add nothing
         padded = pad(w_EJK.to(x_VK.dtype), 0, -K % multiple, 0, -J % multiple).transpose(1, 2)
         y = GROUPED_MM(pad(x_VK, 0, -K % multiple), padded, offs=end_E)
-        if torch.is_grad_enabled() and padded.requires_grad:  # Blackwell leaves there what was in memory  (pytorch issue 172439)
+        if padded.requires_grad:                             # Blackwell leaves there what was in memory  (pytorch issue 172439)
             padded.register_hook(lambda grad: grad.masked_fill(empty_E11, 0.0))
         if y.requires_grad:
             y.register_hook(torch.Tensor.contiguous)         # an expanded gradient, as of a sum, is refused
@@ -234,7 +238,7 @@ def dispatch_of(cfg, device, dtype=torch.bfloat16):
     if cfg.dispatch == "grouped":
         return "grouped (--dispatch)"
     if device.type != "cuda":
-        return f"loop (on {device.type}, where it is the faster one)"
+        return f"loop (on {device.type}: the reference)"
     major, minor = torch.cuda.get_device_capability(device)
     return f"{'grouped' if major >= 8 else 'loop'} (a GPU of compute capability {major}.{minor}; grouped_mm wants 8.0)"
 
@@ -291,7 +295,8 @@ def validate_moe(cfg):
     if not 1 <= cfg.n_active <= cfg.n_expert:
         refuse("n_active", f"of --n_expert={cfg.n_expert}: a token visits between 1 and {cfg.n_expert} experts; "
                f"use --n_active={max(1, min(2, cfg.n_expert))}")
-    for name in "n_shared_expert d_expert n_group top_group n_device capacity bias_lr aux_alpha z_alpha device_alpha comm_alpha".split():
+    for name in ("n_shared_expert", "d_expert", "n_group", "top_group", "n_device", "capacity", "bias_lr", "aux_alpha", "z_alpha",
+                 "device_alpha", "comm_alpha"):
         if not 0 <= getattr(cfg, name) < math.inf:
             refuse(name, f"must be at least 0, for example {getattr(MoEConfig, name)}")
     fits = [n for n in range(1, cfg.n_expert + 1) if cfg.n_expert % n == 0]
@@ -311,7 +316,8 @@ def validate_moe(cfg):
     if (cfg.device_alpha or cfg.comm_alpha) and not cfg.n_device:
         refuse("n_device", "leaves --device_alpha and --comm_alpha nothing to balance; use, for example, --n_device=2")
     if cfg.comm_alpha and cfg.n_group and cfg.n_group != cfg.n_device:
-        refuse("n_device", f"but a token is sent to --top_group={cfg.top_group} groups; with --comm_alpha use --n_device={cfg.n_group}")
+        refuse("n_device", f"but a token is sent to {cfg.top_group} of --n_group={cfg.n_group} groups; with --comm_alpha use "
+               f"--n_device={cfg.n_group}")
 
 
 def moe_layers(cfg):
@@ -366,13 +372,13 @@ class MoE(nn.Module):
     def forward(self, x_BTD):
         x_MD = x_BTD.flatten(0, 1)
         with no_autocast(x_MD):                              # float32: near ties would flip in half precision
-            bias_E = None if self.router.bias is None else self.router.bias.float()
-            logits_ME = F.linear(x_MD.float(), self.router.weight.float(), bias_E)
+            w, b = self.router.weight.float(), self.router.bias
+            logits_ME = F.linear(x_MD.float(), w, None if b is None else b.float())
             expert_MA, gate_MA = route(logits_ME, self.bias_E, self.cfg)
         capacity = math.ceil(self.cfg.capacity * expert_MA.numel() / self.cfg.n_expert)                  # [Switch eq 3]
         y_MD = self.experts(x_MD, expert_MA, gate_MA, capacity)
         if self.shared is not None:
-            y_MD = y_MD + self.shared.one(0, x_MD)
+            y_MD = y_MD + self.shared.mlp(x_MD, lambda x, w, b: F.linear(x, w[0]))
         self.observe(logits_ME.unflatten(0, x_BTD.shape[:2]), expert_MA.unflatten(0, x_BTD.shape[:2]), capacity)
         return y_MD.to(x_BTD.dtype).view_as(x_BTD)
 
@@ -440,15 +446,16 @@ def upcycle(dense, cfg):
     beyond F read what others read and write nothing yet."""
     names = ["w_down.weight", "w_gate.weight", "w_up.weight"]
     if sorted(dense) != names:
-        raise UsageError(f"upcycling takes the tensors {names} of a SwiGLU MLP, not {sorted(dense)}; use --act=swiglu and no --mlp_bias")
+        raise UsageError(f"upcycling takes the tensors {names} of a SwiGLU MLP, not {sorted(dense)}; use --act=swiglu without "
+                         "--mlp_bias")
     if cfg.expert_act != "swiglu" or cfg.capacity or not cfg.routed_scale or not (cfg.norm_gates or cfg.router == "chosen"):
-        raise UsageError("copies of a dense MLP add up to it where their gates sum to one and no visit is dropped: use --norm_gates=true, "
-                         "--expert_act=swiglu, --capacity=0 and --routed_scale=1")
+        raise UsageError("copies of a dense MLP add up to it where their gates sum to one and no visit is dropped: use "
+                         "--norm_gates=true, --expert_act=swiglu, --capacity=0 and --routed_scale=1")
     down, gate, up = (dense[name] for name in names)
     width, first = len(gate), cfg.n_shared_expert * cfg.d_expert
     if first + cfg.d_expert < width:
-        raise UsageError(f"--d_expert={cfg.d_expert}: a routed and {cfg.n_shared_expert} shared experts hold the {width} channels of "
-                         f"the dense MLP; use --d_expert={-(-width // (1 + cfg.n_shared_expert))} or more")
+        raise UsageError(f"--d_expert={cfg.d_expert}: a routed and {cfg.n_shared_expert} shared experts hold the {width} "
+                         f"channels of the dense MLP; use --d_expert={-(-width // (1 + cfg.n_shared_expert))} or more")
     channel = torch.arange(first + cfg.d_expert, device=gate.device)
     gate, up, down = gate[channel % width], up[channel % width], down[:, channel % width] * (channel < width)
     routed = dict(w_gate=gate[first:], w_up=up[first:], w_down=down[:, first:] / cfg.routed_scale)

@@ -112,11 +112,11 @@ def slow_mha(mixer, x, cfg, sees, pos, index=0):
 
     def heads(w, n, norm):
         y = x @ w.weight.T + (w.bias if w.bias is not None else 0)
-        y = y.clamp(-cfg.clip_qkv, cfg.clip_qkv) if cfg.clip_qkv else y
         if norm is not None and cfg.qk_norm == "width":
             y = rms(y, norm.weight)
         y = y.view(*x.shape[:2], n, K)
-        return rms(y, norm.weight) if norm is not None and cfg.qk_norm == "head" else y
+        y = rms(y, norm.weight) if norm is not None and cfg.qk_norm == "head" else y
+        return y.clamp(-cfg.clip_qkv, cfg.clip_qkv) if cfg.clip_qkv else y
 
     q, k, v = heads(mixer.w_q, H, mixer.q_norm), heads(mixer.w_k, G, mixer.k_norm), heads(mixer.w_v, G, None)
     if pos == "rope":
@@ -129,7 +129,7 @@ def slow_mha(mixer, x, cfg, sees, pos, index=0):
     return y @ mixer.w_o.weight.T + (mixer.w_o.bias if cfg.out_bias else 0)
 
 
-OPTIONS = [dict(qk_norm="head"), dict(qk_norm="width", attn="gqa", n_kv_head=2), dict(clip_qkv=0.4), dict(attn_gate=True), dict(scale_by_layer=True),
+OPTIONS = [dict(qk_norm="head"), dict(qk_norm="width", attn="gqa", n_kv_head=2), dict(clip_qkv=0.4, qk_norm="width"), dict(clip_qkv=0.4), dict(attn_gate=True), dict(scale_by_layer=True),
            dict(attn_scale=0.7, attn_softcap=2.0, sinks=True, qkv_bias=True, out_bias=True, attn="mqa"), dict(attn="swa", window=5), dict(attn="gqa", window=3)]
 
 

@@ -428,7 +428,7 @@ def test_other_names_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("fields, says", [
-    (dict(attn="mla"), "layers"), (dict(pos="alibi"), "pos"), (dict(moe=True), "moe"), (dict(attn_gate=True), "attn_gate"), (dict(arch="prefix"), "arch"),
+    (dict(attn="mla"), "layers"), (dict(pos="alibi"), "pos"), (dict(moe=True, capacity=1.5), "capacity"), (dict(attn_gate=True), "attn_gate"), (dict(arch="prefix"), "arch"),
     (dict(rope_scaling="ntk", rope_factor=2.0), "ntk"), (dict(norm="group"), "norm"), (dict(layers="swa*3,mha", window=4, n_layer=4), "layers"),
     (dict(layers="swa,gqa", window=4, qkv_bias=True), "n_kv_head"),
     (KINDS["gemma3_text"] | dict(rope_scaling="linear", rope_factor=2.0, rope_local_theta=0.0), "rope_local_base_freq"),     # its local table is plain

@@ -261,7 +261,7 @@ def test_experts_on_two_ranks_are_those_on_one():
     sent = lambda x_VD, count_E: torch.cat([half.visit(rows, count) for half, rows, count in
                                             zip(halves, x_VD.split(count_E.view(2, 2).sum(1).tolist()), count_E.split(2))])
     whole.visit = sent
-    assert torch.equal(layer(x_BTD), want)
+    torch.testing.assert_close(layer(x_BTD), want)
 
 
 # ---- Capacity ----
@@ -361,6 +361,21 @@ def test_micro_batches_add_up_to_the_batch(kind):
     assert parts == pytest.approx(total.item(), rel=1e-6)
     torch.testing.assert_close(a.router.weight.grad, b.router.weight.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(a.seen, b.seen)
+
+
+def test_a_model_adds_them_by_the_weight_of_a_row():
+    import model
+    small = dict(vocab_size=19, n_layer=2, n_embd=16, n_head=2, seq_len=9, moe=True, n_expert=4, n_dense_layer=0)
+    m, plain = model.Model(model.ModelConfig(**small, **ALL)), model.Model(model.ModelConfig(**small))
+    torch.manual_seed(0)
+    tokens, weights = torch.randint(19, (4, 9)), torch.rand(4, 9) * torch.tensor([[1.0], [0.0], [2.0], [1.0]])
+    rows = lambda i: dict(tokens=tokens[i], targets=tokens[i].roll(-1, 1), weights=weights[i])
+    whole = m.loss(rows(slice(0, 4)))[0].item()
+    assert sum(m.loss(rows(slice(b, b + 1)))[0].item() for b in range(4)) == pytest.approx(whole, rel=1e-6)
+    m.hidden(tokens)
+    extra = moe.aux_sum(m, weights.sum(1)).item()
+    assert whole - plain.loss(rows(slice(0, 4)))[0].item() == pytest.approx(extra, rel=1e-4) and extra > 0.1
+    assert m.eval().loss(rows(slice(0, 4)))[0].item() == pytest.approx(whole - extra, rel=1e-6)
 
 
 def test_auxiliary_losses_are_weighed_and_gone_in_evaluation():
