@@ -630,7 +630,7 @@ def compiled_step(model, cfg, world):
         for module in model.modules():
             if isinstance(module, Experts):                      # a loop with as many branches as experts: minutes to compile
                 module.forward = torch.compiler.disable(module.forward)
-        for block in [*model.enc_blocks, *model.blocks]:
+        for block in [*model.enc_blocks, *model.blocks, *(module.block for module in model.mtp)]:
             block.compile()
     return dist.parallelize(model, world)
 
@@ -752,13 +752,14 @@ def train(cfg, typed):
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + world.rank) % 2**63)         # dropout: a function of the step
-        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        loss_sum, said = torch.zeros((), dtype=torch.float64, device=world.device), {}
         for i, batch in enumerate(batches):
             with dist.accumulating(step_fn, last=i == len(batches) - 1):
                 with autocast(world.device, dtype):
-                    part, _, _ = step_fn(to_device(batch, world.device))
+                    part, counted, more = step_fn(to_device(batch, world.device))
                 (part * (world.size / weight)).backward()
                 loss_sum += part.detach()
+                said |= {name: said.get(name, 0) + value.double() * counted / weight for name, value in more.items()}
         gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         loss, gnorm, stopping = dist.all_sum(world, torch.stack(
             [loss_sum / weight, gnorm.double() / world.size, torch.tensor(float(len(stop)), device=world.device)])).tolist()
@@ -769,6 +770,8 @@ def train(cfg, typed):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics = update_biases(model, world)
+        if said:                                                 # means over the step, by the weights of its micro-batches
+            metrics |= dict(zip(said, dist.all_sum(world, torch.stack([*said.values()])).tolist()))
 
         took = time.perf_counter() - tick
         seconds, recent = seconds + took, (recent + [took])[-50:]
