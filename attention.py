@@ -81,7 +81,7 @@ class AttentionConfig:
     attn_gate: bool = False        # sigmoid(W x) times what was read, before the output projection
     clip_qkv: float = 0.0          # queries, keys and values are cut to +-this; 0 leaves them
     q_lora_rank: int = 0           # MLA: width of the query latent; 0 means queries come straight from x
-    kv_lora_rank: int = 0          # MLA: width of the cached latent; 0 means 4 head_dim
+    kv_lora_rank: int = 0          # MLA: width of the cached latent; 0 means 4 head_dim, but at most half of n_embd
     qk_nope_head_dim: int = 0      # MLA: width of a head's position-free part; 0 means head_dim
     qk_rope_head_dim: int = 0      # MLA: width of the shared rotary key; 0 means half of head_dim
     v_head_dim: int = 0            # MLA: width of a head's value; 0 means head_dim
@@ -802,7 +802,8 @@ class MLA(nn.Module):
         if cfg.pos in ("shaw", "lrpe"):
             raise UsageError(f"--pos={cfg.pos} changes keys head by head, and MLA's heads share one latent; use --pos=rope")
         self.n_head, self.dropout, self.softcap, self.window = cfg.n_head, cfg.attn_dropout, cfg.attn_softcap, layer.window
-        self.kv_rank, self.rope_dim = cfg.kv_lora_rank or 4 * width, self.rotary(cfg)              # [DSV2 sec 2.1.4] d_c = 4 d_h
+        # [DSV2 sec 2.1.4] d_c = 4 d_h, where that is narrow beside the stream: a latent wider than it is learns far more slowly
+        self.kv_rank, self.rope_dim = cfg.kv_lora_rank or min(4 * width, max(2, cfg.n_embd // 2)), self.rotary(cfg)
         self.nope, self.v_dim = cfg.qk_nope_head_dim or width, cfg.v_head_dim or width
         if self.rope_dim % 2 or self.rope_dim < 2:
             raise UsageError(f"--qk_rope_head_dim={self.rope_dim} is odd, and RoPE turns pairs; use {self.rope_dim + 1}")
