@@ -200,6 +200,20 @@ def to_device(batch, device):
     return batch
 
 
+def accumulate(step_fn, batches, weight, world, dtype):
+    """Gradients of this rank's micro-batches, for a loss that is divided by the weight of the whole step. -> (its sum, {metric:
+    this rank's part of the mean over the step})"""
+    loss_sum, said = torch.zeros((), dtype=torch.float64, device=world.device), {}
+    for i, batch in enumerate(batches):
+        with dist.accumulating(step_fn, last=i == len(batches) - 1):
+            with autocast(world.device, dtype):
+                part, counted, more = step_fn(to_device(batch, world.device))
+            (part * (world.size / weight)).backward()
+            loss_sum += part.detach()
+            said |= {name: said.get(name, 0) + value.double() * counted / weight for name, value in more.items()}
+    return loss_sum, said
+
+
 # ---- Evaluation (what does it know of text it never saw?) ----
 
 @torch.no_grad()
@@ -503,6 +517,16 @@ def describe(cfg, model, device, dtype, reason, ranks):
         f"output   {cfg.out_dir}/ (stop with Ctrl-C at any time; go on with: python train.py --out_dir={cfg.out_dir} --resume)"))
 
 
+def describe_data(cfg, meta, loader, rows):
+    """The same of the text, once it is there."""
+    facts = (f"\ndata     {meta['documents']:,} documents: {meta['train_tokens']:,} training tokens, {meta['val_tokens']:,} for validation "
+             f"({meta['train_bytes'] / meta['train_tokens']:.2f} bytes a token); {loader.n_rows:,} rows an epoch")
+    if isinstance(loader, data.Mixture):
+        shares = zip(cfg.input, loader.epochs(cfg.steps * rows))
+        facts += "\nmix      " + ", ".join(f"{source} {epochs:.2f} epochs" for source, epochs in shares)
+    return facts
+
+
 def plan(cfg, typed):
     """Print the facts without touching data; the real run does exactly this."""
     ranks = dist.validate(cfg)
@@ -653,6 +677,16 @@ def prepare_data(cfg, world, state):
     return folder, *data.open_prepared(folder)
 
 
+def width_of(cfg, typed, state, source, tok):
+    """Ids of the model: as the tokenizer has, unless a checkpoint, weights or (beside a given tokenizer) --vocab_size say more."""
+    fixed = source or cfg.tokenizer and "vocab_size" in typed
+    wanted = state["config"]["vocab_size"] if state else cfg.vocab_size if fixed else tok.n_vocab
+    if wanted < tok.n_vocab:
+        raise UsageError(f"the tokenizer has {tok.n_vocab} ids, but the model only {wanted}; use "
+                         + ("the --tokenizer that belongs to these weights" if source or state else f"--vocab_size={tok.n_vocab} or more"))
+    return wanted
+
+
 def main(argv):
     typed = parse(argv)
     cfg = settle_config(typed)
@@ -699,16 +733,12 @@ def train(cfg, typed):
         batch_shape(cfg, world.size)
     check_disk(cfg, model_lib.meta_model(cfg), out)
     folder, meta, tok = prepare_data(cfg, world, state)
-    fixed = source or cfg.tokenizer and "vocab_size" in typed                   # else the model is as wide as the tokenizer
-    wanted = state["config"]["vocab_size"] if state else cfg.vocab_size if fixed else 0
-    if wanted and wanted < tok.n_vocab:
-        raise UsageError(f"the tokenizer has {tok.n_vocab} ids, but the model only {wanted}; use "
-                         + ("the --tokenizer that belongs to these weights" if source or state else f"--vocab_size={tok.n_vocab} or more"))
+    vocab_size = width_of(cfg, typed, state, source, tok)
     loaders = data.open_loaders(cfg, folder, meta, tok)
 
     # the model, its optimizer, and where the run stands
     dtype, reason = compute_dtype(cfg, world.device)
-    model_cfg = dataclasses.replace(cfg, vocab_size=wanted or tok.n_vocab)
+    model_cfg = dataclasses.replace(cfg, vocab_size=vocab_size)
     model = (source or Model(model_cfg)).to(world.device)
     model.cfg = model_cfg
     optimizer = OPTIMIZERS[cfg.optimizer](model, cfg)
@@ -717,11 +747,7 @@ def train(cfg, typed):
     tensors = loaded = source = None                             # what was copied need not stay in memory
     step_fn, shape = compiled_step(model, cfg, world), batch_shape(cfg, world.size)
     facts = describe(cfg, model, world.device, dtype, reason, world.size)
-    facts += (f"\ndata     {meta['documents']:,} documents: {meta['train_tokens']:,} training tokens, {meta['val_tokens']:,} for validation "
-              f"({meta['train_bytes'] / meta['train_tokens']:.2f} bytes a token); {loaders['train'].n_rows:,} rows an epoch")
-    if isinstance(loaders["train"], data.Mixture):
-        facts += "\nmix      " + ", ".join(f"{source} {epochs:.2f} epochs" for source, epochs in zip(
-            cfg.input, loaders["train"].epochs(cfg.steps * shape[0])))
+    facts += describe_data(cfg, meta, loaders["train"], shape[0])
     say(facts)
     if start >= cfg.steps:
         say(f"the run is complete: step {start} of {cfg.steps}; give a larger --steps to go on")
@@ -752,14 +778,7 @@ def train(cfg, typed):
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + world.rank) % 2**63)         # dropout: a function of the step
-        loss_sum, said = torch.zeros((), dtype=torch.float64, device=world.device), {}
-        for i, batch in enumerate(batches):
-            with dist.accumulating(step_fn, last=i == len(batches) - 1):
-                with autocast(world.device, dtype):
-                    part, counted, more = step_fn(to_device(batch, world.device))
-                (part * (world.size / weight)).backward()
-                loss_sum += part.detach()
-                said |= {name: said.get(name, 0) + value.double() * counted / weight for name, value in more.items()}
+        loss_sum, said = accumulate(step_fn, batches, weight, world, dtype)
         gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         loss, gnorm, stopping = dist.all_sum(world, torch.stack(
             [loss_sum / weight, gnorm.double() / world.size, torch.tensor(float(len(stop)), device=world.device)])).tolist()
@@ -770,7 +789,7 @@ def train(cfg, typed):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics = update_biases(model, world)
-        if said:                                                 # means over the step, by the weights of its micro-batches
+        if said:
             metrics |= dict(zip(said, dist.all_sum(world, torch.stack([*said.values()])).tolist()))
 
         took = time.perf_counter() - tick

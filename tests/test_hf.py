@@ -149,14 +149,19 @@ def test_folders_equal_transformers(kind, number, spelling, tmp_path):
     assert torch.equal(M.from_pretrained(tmp_path / "back").eval()(*texts), a)
 
 
-@pytest.mark.peer
-@pytest.mark.parametrize("kind", CASES)
-def test_what_a_config_leaves_out_is_what_their_class_takes(kind):
+def assert_defaults_are_theirs(kind, cls):
+    """An empty config.json means what their class takes for every key."""
     hf = pytest.importorskip("transformers")
-    whole = json.loads(getattr(hf, CASES[kind][0]).config_class().to_json_string(use_diff=False))
+    whole = json.loads(getattr(hf, cls).config_class().to_json_string(use_diff=False))
     fields = [M._fields(M.CONVERT[kind], M._one_spelling(config)) for config in ({}, whole)]
     a, b = (M._canonical(ModelConfig(**f)) for f in fields)
     assert a == b
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("kind", CASES)
+def test_what_a_config_leaves_out_is_what_their_class_takes(kind):
+    assert_defaults_are_theirs(kind, CASES[kind][0])
 
 
 @pytest.mark.peer

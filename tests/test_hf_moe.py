@@ -9,7 +9,7 @@ import torch
 import dist
 import model as M
 from model import Model, ModelConfig
-from test_hf import DECODER, TINY, YARN, rope
+from test_hf import DECODER, TINY, YARN, assert_defaults_are_theirs, rope
 from tokenizer import UsageError
 
 MLA = TINY | dict(hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=24,
@@ -201,11 +201,7 @@ def test_folders_equal_transformers(kind, number, spelling, tmp_path):
 @pytest.mark.peer
 @pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "deepseek"])
 def test_what_a_config_leaves_out_is_what_their_class_takes(kind):
-    hf = pytest.importorskip("transformers")
-    whole = json.loads(getattr(hf, CASES[kind][0]).config_class().to_json_string(use_diff=False))
-    fields = [M._fields(M.CONVERT[kind], M._one_spelling(config)) for config in ({}, whole)]
-    a, b = (M._canonical(ModelConfig(**f)) for f in fields)
-    assert a == b
+    assert_defaults_are_theirs(kind, CASES[kind][0])
 
 
 # ---- multi-token prediction: layers after the last ----
