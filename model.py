@@ -19,10 +19,11 @@ References:
     [GELU] 1606.08415; [GLU] GLU Variants Improve Transformer, 2002.05202; [Swish] 1710.05941; [Mish] 1908.08681;
     [Primer] 2109.08668; [LN] Layer Normalization, 1607.06450; [RMS] RMSNorm, 1910.07467; [GN] Group Normalization, 1803.08494;
     [TNL] TransNormerLLM, 2307.14995; [DeepNet] 2203.00555; [GLM130B] 2210.02414; [CTRL] 1909.05858; [PaLM] 2204.02311;
-    [DSV3] DeepSeek-V3 Technical Report, 2412.19437; [Spec] Speculative Decoding, 2211.17192
+    [DSV3] DeepSeek-V3 Technical Report, 2412.19437; [Spec] Speculative Decoding, 2211.17192; [Upcycle] 2212.05055
 Run me:      python model.py                               (presets and a first generation)
              python model.py --describe --preset=llama     (what it costs; any flags, or a Hugging Face folder)
              python model.py --draw=out.svg --attn=mla     (every tensor to scale)
+             python model.py out --bench                   (ids a second, and what drafts of MTP modules bring)
 """
 import contextlib
 import hashlib
@@ -32,6 +33,7 @@ import json
 import math
 import re
 import textwrap
+import time
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass, field, fields, replace
@@ -48,7 +50,7 @@ from attention import (ATTENTION, FEATURE_MAPS, PATTERNS, POSITION_BIAS, POSITIO
                        AttentionConfig, Cache, Cross, Layer, Pass, Places, RMSNorm, head_dim, inverse_frequencies,
                        places_in_documents, places_of_memory, rope_base, seen_keys, sinusoid, sparse_sizes, t5_bucket)
 from kernels import linear_cross_entropy, to_autocast
-from moe import CHOICES, MoE, MoEConfig, aux_sum, expert_width, moe_layers, validate_moe
+from moe import CHOICES, MoE, MoEConfig, aux_sum, expert_width, moe_layers, upcycle, validate_moe
 from tokenizer import Parser, UsageError, add_flags, atomic_write, run_cli
 
 
@@ -86,6 +88,8 @@ class ModelConfig(AttentionConfig, MoEConfig):
     resid_dropout: float = 0.0     # share of what a block adds dropped in training
     mtp: int = 0                   # modules that predict tokens further ahead, one each; 0 means none
     mtp_weight: float = 0.3        # weight of their mean loss beside the main one
+    mtp_weight_late: float = 0.1   # the same late in a run, which begins
+    mtp_late: float = 0.675        # at this share of its steps
     mtp_normed: bool = True        # they read hidden states after the norm that ends them, else before it
     init_std: float = 0.02         # spread of initial weights
     seed: int = 0                  # decides initial weights, data order and dropout
@@ -128,12 +132,12 @@ PRESETS = {                        # flag --preset: many flags at once, later fl
                         n_active=6, n_shared_expert=2, d_expert=1536, n_dense_layer=1, router="softmax", norm_gates=False,
                         routed_scale=16.0, n_group=8, top_group=3, group_score="max", bias_lr=0.0, aux_loss="expert",
                         aux_alpha=0.003, n_device=8, device_alpha=0.05, comm_alpha=0.02, seq_len=4096, vocab_size=102400,
-                        tie_embeddings=False, lr=2.4e-4),                                              # 236B
+                        tie_embeddings=False, init_std=0.006, lr=2.4e-4),                                            # 236B
     "deepseek-v3": dict(n_layer=61, n_head=128, n_embd=7168, attn="mla", q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
                         qk_rope_head_dim=64, v_head_dim=128, rope_layout="interleaved", d_ff=18432, moe=True, n_expert=256,
                         n_active=8, n_shared_expert=1, d_expert=2048, n_dense_layer=3, router="sigmoid", norm_gates=True,
                         routed_scale=2.5, n_group=8, top_group=4, group_score="top2", aux_loss="sequence", aux_alpha=1e-4,
-                        seq_len=4096, vocab_size=129280, tie_embeddings=False, lr=2.2e-4),             # 671B; they trained with --mtp=1
+                        seq_len=4096, vocab_size=129280, tie_embeddings=False, init_std=0.006, lr=2.2e-4),      # 671B; they trained with --mtp=1
     "deepseek-v2-tiny": dict(DEEPSEEK_TINY, router="softmax", norm_gates=False, routed_scale=4.0, group_score="max", bias_lr=0.0,
                              aux_loss="expert", aux_alpha=0.003, n_device=4, device_alpha=0.05, comm_alpha=0.02),
     "deepseek-v3-tiny": dict(DEEPSEEK_TINY, router="sigmoid", routed_scale=2.5, group_score="top2", aux_loss="sequence",
@@ -172,10 +176,11 @@ AT_LEAST = {                       # smallest value of a field, and of those tha
     0: "n_kv_head head_dim window d_ff n_enc_layer kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim sparse_stride "
        "sparse_width lrpe_layers n_token_type rope_original attn_softcap logit_softcap clip_qkv attn_scale rope_local_theta start_token "
        "n_dense_layer res_alpha res_beta res_alpha_linear res_beta_linear res_alpha_mlp res_beta_mlp "
-       "rope_attn_factor rope_mscale rope_mscale_all embed_grad_shrink embed_dropout resid_dropout attn_dropout mtp mtp_weight",
+       "rope_attn_factor rope_mscale rope_mscale_all embed_grad_shrink embed_dropout resid_dropout attn_dropout mtp mtp_weight "
+       "mtp_weight_late mtp_late",
 }
 ABOVE_ZERO = "norm_eps init_std rope_theta rope_fraction norm_share logit_scale rope_low rope_high rope_beta_fast rope_beta_slow"
-AT_MOST_ONE = "rope_fraction norm_share embed_grad_shrink"
+AT_MOST_ONE = "rope_fraction norm_share embed_grad_shrink mtp_late bias_until"
 BELOW_ONE = "embed_dropout resid_dropout attn_dropout"
 
 
@@ -490,8 +495,8 @@ class Block(nn.Module):
 class MTP(nn.Module):
     """h^k_i = Block(proj [norm_embed Emb(t_{i+k}) ; norm_hidden h^{k-1}_i]); the head reads norm(h^k).         [DSV3 eq 21-23]
 
-    As in transformers and the released weights, not in the paper: the embedding's half comes first, and h^0 and what a module
-    passes on are states after the norm that ends them (--mtp_normed)."""
+    As in transformers and the released weights, not in the paper: the embedding's half comes first, a norm stands before the head,
+    and h^0 and what a module passes on are states after the norm that ends them (--mtp_normed)."""
 
     def __init__(self, cfg, layer, end_norm):
         super().__init__()
@@ -584,15 +589,16 @@ def init_parameters(model, cfg):
 # ---- Generation (which id comes next?) ----
 
 @contextlib.contextmanager
-def evaluating(model):
-    """Every module in evaluation; afterwards each is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+def evaluating(modules):
+    """All of these in evaluation; afterwards each is as it was."""
+    in_training = [module for module in modules if module.training]
+    for module in in_training:
+        module.training = False
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in in_training:
+            module.training = True
 
 
 def left_padded(prompts, vocab_size, device):
@@ -638,7 +644,7 @@ class Model(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         validate(cfg)
-        self.cfg, self.plan = cfg, layer_plan(cfg)
+        self.cfg, self.plan, self.mtp_weight = cfg, layer_plan(cfg), cfg.mtp_weight          # which train.py lowers late in a run
         both, D = cfg.arch == "encdec", cfg.n_embd
         ends_in_norm = "after" not in PLACEMENTS[cfg.norm_at]
         norm = lambda wanted=True: NORMS[cfg.norm](D, cfg) if wanted else nn.Identity()
@@ -816,7 +822,7 @@ class Model(nn.Module):
 
     def loss(self, batch):
         """(sum of weights * nll, sum of weights, metrics): sums, so that micro-batches and ranks add up to one batch. In training
-        the first holds mtp_weight times the mean of the MTP modules' sums, too, over the same sum of weights   [DSV3 eq 24, 25];
+        the first holds self.mtp_weight times the mean of the MTP modules' sums, too, over the same sum of weights   [DSV3 eq 24, 25];
         metrics then has the mean nll of the model and of each module, over the weights of its own targets."""
         texts = [batch[key] for key in (("enc_tokens", "tokens") if self.cfg.arch == "encdec" else ("tokens",))]
         where = {key: batch[key] for key in ("positions", "doc_ids", "prefix_len", "enc_doc_ids", "types") if key in batch}
@@ -831,7 +837,7 @@ class Model(nn.Module):
                 ahead, weight = targets[:, k:], weights[:, k:] * same
                 mtp_sum = self.nll_sum(state, ahead, weight)
                 metrics[f"mtp{k}_nll"] = mtp_sum.detach() / weight.sum().clamp(min=1e-20)
-                loss_sum = loss_sum + self.cfg.mtp_weight / self.cfg.mtp * mtp_sum
+                loss_sum = loss_sum + self.mtp_weight / self.cfg.mtp * mtp_sum
         return loss_sum + aux_sum(self, weights.sum(1)), weights.sum(), metrics
 
     def new_cache(self, spare=0):
@@ -874,15 +880,15 @@ class Model(nn.Module):
             docs = F.pad(where["doc_ids"], (0, left)) if where else None         # new tokens go on with document 0
             drafter = Drafter(self, docs, tokens_BT.shape[1] + left)
             self.drafted = drafter.counts
-        cache = self.new_cache(spare=len(self.mtp) if draft else 0)
+        cache, modules = self.new_cache(spare=len(self.mtp) if draft else 0), list(self.modules())
         while left > 0:
             read, n_guess = torch.cat([new, guess], 1), guess.shape[1]
-            with evaluating(self):
+            with evaluating(modules):
                 logits_BCV = self(*source, read, cache=cache, **where)[:, -1 - n_guess:].float()
             for i in range(n_guess + 1):
-                seen_BV.scatter_(1, new[:, -1:], True)
                 logits_BV = logits_BCV[:, i]
                 if repetition_penalty != 1:
+                    seen_BV.scatter_(1, new[:, -1:], True)
                     logits_BV = logits_BV.where(~seen_BV, penalised(logits_BV, repetition_penalty))
                 new_B = pick(logits_BV, temperature, top_k, top_p, generator).where(~done_B, new[:, -1])
                 done_B = done_B | torch.isin(new_B, stop_ids)
@@ -895,7 +901,7 @@ class Model(nn.Module):
             if draft:
                 for name, count in (("calls", 1), ("drafted", n_guess), ("accepted", i)):
                     drafter.counts[name] += count
-                with evaluating(self):
+                with evaluating(modules):
                     guess = drafter(cache, read, new, n_guess - i, max(0, min(len(self.mtp), left - 1)))
 
     def generate(self, tokens, max_new_tokens, **how):
@@ -1066,6 +1072,7 @@ COLOURS = {      # on a light page, on a dark one
     "band": ("#e9e5dc", "#2a2d33"), "card": ("#f5f2ec", "#1b1e23"), "embedding": ("#b9770e", "#e8b45a"),
     "attention": ("#2f6fc1", "#6aa5ee"), "cross-attention": ("#11857e", "#4cc7bf"), "mlp": ("#cf5a3c", "#f08a6c"),
     "experts": ("#8350b8", "#b48ae6"), "norms": ("#4d8b3d", "#86c574"), "head": ("#b8437f", "#ec86b8"),
+    "mtp": ("#7d7a1f", "#c9c45a"),
 }
 STYLE = """*{fill:currentColor} text{font-family:ui-sans-serif,system-ui,'Segoe UI',Helvetica,Arial,'DejaVu Sans',sans-serif}
 .mono{font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace} .bold{font-weight:600} .card,.op{stroke:#8a909966}
@@ -1217,7 +1224,7 @@ class Picture:
         """A tensor around y = 0, `tint` of its heads tinted, its bias on the side of its outputs. The stream's side stands
         upright: what reads the stream has its outputs along x, what writes to it its inputs."""
         out, name, writes = Sheet(), name or f"{label}.weight", label in ("w_o", "w_down")
-        shape, part = self.shapes[name], "head" if label == "head" else component(name)
+        shape, part = self.shapes[name], "head" if label == "head" else component(re.sub(r"mtp\.\d+\.block", "", name))
         biases = [b for b in (name.replace(".weight", ".bias"), f"{label}_bias") if b in self.shapes and b != name]
         high, wide = (shape[-2:] if writes else shape[:-3:-1]) if len(shape) > 1 else (*shape, 1, 1)[:2]
         w, h = max(THIN, wide * self.s), max(THIN, high * self.s)
@@ -1311,9 +1318,27 @@ class Picture:
                 sheets = [pile([row(sheets, 1), row(lane("swiglu", "shared"), 1)], fork=20)]
         yield self.branch(title, sheets, norms("res2"))
 
+    def ahead(self):
+        """A module of multi-token prediction: what it joins, its block, its norm; for embedding and head it has no weights."""
+        out, x, middle, there = Sheet(), self.band + 40, self.band / 2, lambda *labels: [
+            self.tensor(label, f"mtp.0.{label}.weight") for label in labels if f"mtp.0.{label}.weight" in self.shapes]
+        line = row([*there("norm"), word("the same head")], 1)
+        y = 40 - line.box[1]
+        out.arrow(middle, y, out.paste(line, x, y)[0] - 3 - middle)
+        for each in reversed([*self.branches(self.model.mtp_plan[0], self.model.mtp[0].block, "mtp.0.block.", True)]):
+            out.paste(each, 0, out.box[3])
+        joined = [row([*there(label), word(said)], -1) for label, said in
+                  (("norm_hidden", "states of the model, or of the module before"), ("norm_embed", "embeddings of the tokens k ahead"))]
+        line = row([*there("proj"), pile(joined)], -1)
+        y = out.box[3] + 16 - line.box[1]
+        out.arrow(out.paste(line, x, y)[0] - 3, y, middle + 7 - x)
+        out.put(0, 0, 1, out.box[3] + 12)
+        return out
+
     def stack(self, side=""):
         """Encoder or decoder, tokens at the bottom: embedding, each kind of block once, what comes after them."""
         model, cfg, inside, x, middle, cards = self.model, self.cfg, Sheet(), self.band + 40, self.band / 2, []
+        bands = []
         there = lambda *labels: [self.tensor(label) for label in labels if f"{label}.weight" in self.shapes]
         tied = lambda label: [self.tensor(label, "embed.weight", tied=True)]
         tops = {"memory": there("enc_norm")}
@@ -1321,6 +1346,13 @@ class Picture:
             head = tied("head") if model.head is model.embed else there("head")
             tops = {"hidden states" if cfg.headless else "logits": there("norm", "mlm_dense", "mlm_norm") + head}
             tops |= {"summary of the first token": there("pooler")} if cfg.pooler else {}
+        if model.mtp and not side:
+            module = self.ahead()
+            inside.paste(module, 0, 0)
+            cards.append((0, module.box[3], len(model.mtp)))
+            bands.append((32, module.box[3] - 44))
+            inside.text(x, 18, "multi-token prediction", "ink bold", 12)
+            inside.put(0, module.box[3], 1, 20)
         end = None                                               # of the stream
         for label, sheets in tops.items():
             line = row([*sheets, word(label)], 1)
@@ -1348,7 +1380,8 @@ class Picture:
             for k in reversed(range(min(3, times))):
                 out.rect(4 * k - 14, top - 4 * k, wide + 14, high, "card", rx=8)
             inside.text(wide - 12, top + 20, f"× {times}", "ink bold", 14, "end")
-        out.rect(0, end - 8, self.band, y + 34 - end, "band", "the residual stream", 3)
+        for top, high in (*bands, (end - 8, y + 34 - end)):
+            out.rect(0, top, self.band, high, "band", "the residual stream", 3)
         out.paste(inside, 0, 0)
         return out
 
@@ -1888,8 +1921,8 @@ def _described(arch, c):
     return hf
 
 
-TRAINING = (r".*_dropout|init_std|seed|tile|embed_grad_shrink|bias_lr|aux_.*|z_alpha|n_device|device_alpha|comm_alpha|dispatch|"
-            "mtp_weight")                        # fields that do not change what is computed
+TRAINING = (r".*_dropout|init_std|seed|tile|embed_grad_shrink|bias_lr|bias_until|aux_.*|z_alpha|n_device|device_alpha|comm_alpha|dispatch|"
+            "mtp_weight.*|mtp_late")                        # fields that do not change what is computed
 
 
 def _canonical(cfg):
@@ -2099,6 +2132,24 @@ def rebuilt(model, cfg):
     return new
 
 
+def upcycled(dense, cfg):
+    """A model with experts that begins as `dense`, whose weights it takes; its routers are drawn.                [Upcycle sec 3]
+    --d_expert=0 stands for the least width that holds the dense MLP together with the shared experts'."""
+    if dense.cfg.moe or cfg.act != "swiglu":
+        raise UsageError("upcycling makes experts of dense MLPs with --act=swiglu, and these are "
+                         + ("experts already" if dense.cfg.moe else f"--act={cfg.act}") + "; use the weights of such a model")
+    each = 1 + cfg.n_shared_expert
+    new = Model(replace(cfg, d_expert=cfg.d_expert or -(-hidden_width(cfg) // (8 * each)) * 8))
+    weights = dense.state_dict()
+    for place, layer in new.named_modules():
+        if isinstance(layer, MoE):
+            names = [name for name in weights if name.startswith(f"{place}.")]
+            mlp = {name.removeprefix(f"{place}."): weights.pop(name) for name in names}
+            weights |= {f"{place}.{name}": tensor for name, tensor in upcycle(mlp, layer.cfg).items()}
+    new.load_state_dict(new.state_dict() | weights)
+    return new
+
+
 def save_pretrained(model, path):
     """Write a folder that transformers opens with equal logits (config.json, model.safetensors)."""
     cfg, path, own, misfits = model.cfg, Path(path), _own(model), {}
@@ -2136,6 +2187,29 @@ def save_pretrained(model, path):
 
 # ---- Demo and command line ----
 
+def bench(model, n_prompts=16, prompt=16, n=128):
+    """Ids a second of greedy generation, one row at a time, prompts drawn by the model itself: one id a call, and with drafts."""
+    g = torch.Generator(model.embed.weight.device).manual_seed(0)
+    start_B1 = torch.arange(n_prompts, device=model.embed.weight.device)[:, None] % model.cfg.vocab_size
+    prompts = model.generate(start_B1, prompt, temperature=1.0, generator=g).split(1)
+    ways, ids, seconds = [False, True] if model.mtp else [False], {}, {}
+    counts = dict(calls=0, drafted=0, accepted=0)
+    for row in [prompts[0], *prompts]:                           # the first one warms up
+        for draft in ways:                                       # in turn, so both meet the same machine
+            begin = time.perf_counter()
+            ids.setdefault(draft, []).append(model.generate(row, n, draft=draft).tolist())
+            seconds.setdefault(draft, []).append(time.perf_counter() - begin)
+        if len(ids[False]) > 1 and model.mtp:
+            counts = {name: count + model.drafted[name] for name, count in counts.items()}
+    speed = {draft: n * n_prompts / sum(seconds[draft][1:]) for draft in ways}
+    print(f"{n_prompts} prompts x {n} ids, one at a time: {speed[False]:,.0f} ids a second")
+    if model.mtp:
+        print(f"with drafts of its {len(model.mtp)} MTP module{'s' * (len(model.mtp) > 1)}: {speed[True]:,.0f} ids a second, "
+              f"{speed[True] / speed[False]:.2f}x; {counts['calls']:,} calls for {n * n_prompts:,} ids; {counts['accepted']:,} of "
+              f"{counts['drafted']:,} drafts accepted ({counts['accepted'] / max(1, counts['drafted']):.1%}); the ids "
+              + ("are the same" if ids[True] == ids[False] else "DIFFER"))
+
+
 def demo():
     print(f"{'':26s}{'parameters':>11s}{'active':>8s}{'FLOP a token':>15s}{'cache of seq_len':>18s}   by component")
     cases = {"default": {}, "default --attn=mla": dict(attn="mla"), "default --attn=lightning": dict(attn="lightning"),
@@ -2155,15 +2229,16 @@ def demo():
 def main(argv):
     if not argv:
         return demo()
-    parser = Parser(prog="model.py", usage="model.py [folder] [--describe] [--draw=FILE.svg] [--preset=NAME] [--flag=value ...]",
+    parser = Parser(prog="model.py", usage="model.py [folder] [--describe] [--bench] [--draw=FILE.svg] [--preset=NAME] [--flag=value ...]",
                     description="What a model costs and what it looks like; nothing is trained and no weights are made.")
     parser.add_argument("folder", nargs="?", default="", help="a Hugging Face folder, or a checkpoint or run of ours")
     parser.add_argument("--describe", action="store_true", help="print what it costs (without --draw: always)")
+    parser.add_argument("--bench", action="store_true", help="time greedy generation of the folder's model, with drafts if it has MTP modules")
     parser.add_argument("--draw", metavar="FILE.svg", default="", help="write a picture, every tensor to scale")
     parser.add_argument("--preset", choices=list(PRESETS), help="many flags at once; other flags override it")
     add_flags(parser, [Path(__file__).with_name(f"{name}.py") for name in ("kernels", "attention", "moe", "model")])
     typed = vars(parser.parse_args(argv))
-    folder, describing, file, preset = (typed.pop(name) for name in ("folder", "describe", "draw", "preset"))
+    folder, describing, timing, file, preset = (typed.pop(name) for name in ("folder", "describe", "bench", "draw", "preset"))
     more = [f"--{name}" for name in typed if name != "seq_len"] + [f"--preset={preset}"] * bool(preset)
     if folder and more:
         raise UsageError(f"{folder} says itself what model it holds; leave out {', '.join(more)}")
@@ -2171,6 +2246,10 @@ def main(argv):
         raise UsageError(f"--seq_len={typed['seq_len']} must be at least 1, for example 4096")
     if file and not file.endswith(".svg"):
         raise UsageError(f"--draw={file}: an SVG is written; use a name such as --draw={Path(file).stem}.svg")
+    if timing:
+        if not folder:
+            raise UsageError("--bench generates with trained weights; name a folder, as in python model.py out --bench")
+        return bench(from_pretrained(folder, "cuda" if torch.cuda.is_available() else "cpu").eval())
     flags = PRESETS.get(preset, {}) | typed
     cfg = ModelConfig(**{name: value for name, value in flags.items() if name in ModelConfig.__dataclass_fields__})
     model = from_pretrained(folder, "meta") if folder else meta_model(cfg)

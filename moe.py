@@ -7,7 +7,7 @@ Parameters grow with n_expert, the work per token only with n_active.
     s_e  = sigmoid(x . r_e)                                    score of expert e                       [DSV3 eq 15]
     A    = top n_active of s_e + b_e                           the bias chooses, it does not weigh     [DSV3 eq 16]
     g_e  = s_e / sum_{a in A} s_a  for e in A, else 0          gates of the chosen sum to one          [DSV3 eq 13]
-    y    = sum_shared MLP(x) + routed_scale sum_{e in A} g_e MLP_e(x)                                  [DSV3 eq 12]
+    y    = sum_shared MLP(x) + routed_scale sum_{e in A} g_e MLP_e(x)   (the scale as released)       [DSV3 eq 12]
 
 Left alone a router sends all tokens to the experts that happened to learn first. Two cures, which may be combined:
 
@@ -60,6 +60,7 @@ class MoEConfig:
     top_group: int = 0             # groups that a token may visit
     group_score: str = "top2"      # how a group is judged, a key of GROUP_SCORES
     bias_lr: float = 0.001         # step of the balancing bias, in units of the scores; 0 leaves the load as it falls
+    bias_until: float = 0.966      # share of the run's steps after which the biases rest
     expert_act: str = "swiglu"     # activation of the experts, a key of EXPERT_ACTS
     expert_bias: bool = False      # biases in the routed experts
     aux_loss: str = "none"         # auxiliary balance loss, a key of AUX_LOSSES
@@ -68,7 +69,7 @@ class MoEConfig:
     n_device: int = 0              # devices that the next two losses balance, each with as many experts
     device_alpha: float = 0.0      # weight of the device-level balance loss
     comm_alpha: float = 0.0        # weight of the communication balance loss
-    capacity: float = 0.0          # visits an expert takes of a batch, over the mean, the rest is dropped; 0 drops none
+    capacity: float = 0.0          # visits an expert takes of a batch, over the mean; those of later tokens are dropped; 0 drops none
     dispatch: str = "auto"         # how tokens meet experts, a key of DISPATCHES
 
 
@@ -81,7 +82,7 @@ ROUTERS = {                        # flag --router
 }
 
 GROUP_SCORES = {                   # flag --group_score
-    "top2": lambda score_MGX: score_MGX.topk(2, dim=-1).values.sum(-1),     # the two best, biased        (DeepSeek-V3)
+    "top2": lambda score_MGX: score_MGX.topk(2, dim=-1).values.sum(-1),     # the two best, biased  (DeepSeek-V3's code)
     "max": lambda score_MGX: score_MGX.amax(-1),                            # the best             [DSV2 sec 2.2.2]
 }
 
@@ -185,13 +186,15 @@ class Experts(nn.Module):
 # ---- Dispatch (how do sorted rows meet their experts?) ----
 
 def loop(experts, x_VD, count_E):
-    """The readable one. An expert without visits still runs, on no rows, so that every weight has a gradient on every rank."""
-    sizes = count_E.tolist()
+    """The readable one. Where gradients are wanted an expert without visits runs, too, on no rows, so that every weight has one
+    on every rank."""
+    sizes, all_run = count_E.tolist(), torch.is_grad_enabled() or not len(x_VD)
 
     def apply(x_VK, w_EJK, b_EJ):
         biases = [None] * len(sizes) if b_EJ is None else b_EJ
         # unbind: the gradient of w[e] would be as large as all of w, for every e
-        return torch.cat([F.linear(x_CK, w, b) for x_CK, w, b in zip(x_VK.split(sizes), w_EJK.unbind(), biases)])
+        each = zip(x_VK.split(sizes), w_EJK.unbind(), biases)
+        return torch.cat([F.linear(x_CK, w, b) for x_CK, w, b in each if all_run or len(x_CK)])
 
     return experts.mlp(x_VD, apply)
 
@@ -243,7 +246,7 @@ def dispatch_of(cfg, device, dtype=torch.bfloat16):
     return f"{'grouped' if major >= 8 else 'loop'} (a GPU of compute capability {major}.{minor}; grouped_mm wants 8.0)"
 
 
-# ---- Balance (losses of a row, each 1 when all experts are alike) ----
+# ---- Balance (losses of a row: 1 when all experts are alike) ----
 
 AUX_LOSSES = {                     # flag --aux_loss: sum_e f_e P_e, where P_e is the mean over the row of
     "none": None,
@@ -256,15 +259,18 @@ AUX_LOSSES = {                     # flag --aux_loss: sum_e f_e P_e, where P_e i
 def balance_losses(logits_BTE, expert_BTA, cfg):
     """{name of its weight: loss [B]} of the losses that cfg turns on.
 
-    With a softmax router the three of AUX_LOSSES agree. f_e counts all n_active choices and divides by n_active, so a
-    balanced row has 1, not n_active. Sigmoid scores do not sum to one: there "expert" is their mean sum when balanced."""
+    f_e counts all n_active choices and divides by n_active, so a balanced row has 1, not n_active; "sequence" takes them as the
+    scores alone would choose, without bias and groups. With a softmax router and neither of these the three of AUX_LOSSES
+    agree. Sigmoid scores do not sum to one: there "expert" is their mean sum when balanced."""
     (B, T, E), A, N = logits_BTE.shape, expert_BTA.shape[-1], cfg.n_device
     score_BTE = scores(logits_BTE, cfg)
-    f_BE = logits_BTE.new_zeros(B, E).scatter_add_(1, expert_BTA.flatten(1), logits_BTE.new_full((B, T * A), E / (A * T)))
-    losses = {}                                                            # f: [DSMoE eq 13, DSV2 eq 24, DSV3 eq 18]
+    shares_of = lambda chosen_BTA: torch.zeros_like(score_BTE[:, 0]).scatter_add_(
+        1, chosen_BTA.flatten(1), score_BTE.new_full((B, T * A), E / (A * T)))
+    f_BE, losses = shares_of(expert_BTA), {}                                              # [DSMoE eq 13, DSV2 eq 24]
     if AUX_LOSSES[cfg.aux_loss]:
         P_BE = AUX_LOSSES[cfg.aux_loss](logits_BTE, score_BTE).mean(1)
-        losses["aux_alpha"] = (f_BE * P_BE).sum(-1)                        # [Switch eq 4, DSMoE eq 12, DSV3 eq 17]
+        own_BE = shares_of(score_BTE.topk(A, dim=-1).indices) if cfg.aux_loss == "sequence" else f_BE         # [DSV3 eq 18]
+        losses["aux_alpha"] = (own_BE * P_BE).sum(-1)                      # [Switch eq 4, DSMoE eq 12, DSV3 eq 17]
     if cfg.z_alpha:
         losses["z_alpha"] = logits_BTE.logsumexp(-1).square().mean(1)      # [STMoE eq 5] (ln E)^2 when all logits are 0
     if cfg.device_alpha or cfg.comm_alpha:                                 # device n holds experts n E/N ... (n + 1) E/N - 1
@@ -295,8 +301,8 @@ def validate_moe(cfg):
     if not 1 <= cfg.n_active <= cfg.n_expert:
         refuse("n_active", f"of --n_expert={cfg.n_expert}: a token visits between 1 and {cfg.n_expert} experts; "
                f"use --n_active={max(1, min(2, cfg.n_expert))}")
-    for name in ("n_shared_expert", "d_expert", "n_group", "top_group", "n_device", "capacity", "bias_lr", "aux_alpha", "z_alpha",
-                 "device_alpha", "comm_alpha"):
+    for name in ("n_shared_expert", "d_expert", "n_group", "top_group", "n_device", "capacity", "bias_lr", "bias_until", "aux_alpha",
+                 "z_alpha", "device_alpha", "comm_alpha"):
         if not 0 <= getattr(cfg, name) < math.inf:
             refuse(name, f"must be at least 0, for example {getattr(MoEConfig, name)}")
     fits = [n for n in range(1, cfg.n_expert + 1) if cfg.n_expert % n == 0]
@@ -410,10 +416,11 @@ def aux_sum(model, weight_B):
 
 
 @torch.no_grad()
-def update_biases(model, world=World()):
-    """Move every router's bias against its load of this step, summed over micro-batches and ranks.     [LossFree alg 1]
+def update_biases(model, world=World(), moving=True):
+    """Move every router's bias (if they are) against its load of this step, summed over micro-batches and ranks, and count
+    anew.                                                                                               [LossFree alg 1]
     Returns {} without experts, else (one copy from the device)
-        max_vio         the worst layer's largest load over the mean, less one: 0 is perfect balance  [LossFree sec 4.1]
+        max_vio         the worst layer's largest load over the mean, less one: 0 is perfect balance  [LossFree eq 4]
         min_load        the worst layer's smallest load over the mean: 0 is an expert that nobody visits
         router_entropy  of the scores, mean over tokens, as a share of ln E: 1 is undecided, 0 is sure
         dropped         share of the visits that capacity cut off
@@ -426,7 +433,7 @@ def update_biases(model, world=World()):
     count_LE, (entropy, dropped) = seen[:, :-2], seen[:, -2:].sum(0)
     total, mean_L1 = count_LE.sum().clamp(min=1), count_LE.mean(1, keepdim=True)
     for layer, step_E in zip(layers, torch.sign(mean_L1 - count_LE).float()):
-        layer.bias_E += layer.cfg.bias_lr * step_E
+        layer.bias_E += moving * layer.cfg.bias_lr * step_E
         layer.count_E.zero_()
         layer.seen.zero_()
     load_LE, bias_LE = count_LE / mean_L1.clamp(min=1), torch.stack([m.bias_E for m in layers]).double()
@@ -439,10 +446,10 @@ def update_biases(model, world=World()):
 
 def upcycle(dense, cfg):
     """{name in MoE: tensor} from {"w_gate.weight" [F, D], "w_up.weight", "w_down.weight" [D, F]} of a SwiGLU MLP, such that the
-    experts compute what it did, whatever the router says; the router keeps its own weights.             [Upcycle sec 3]
+    experts compute what it did, whatever the router says; the router keeps its own weights.      [Upcycle sec 3, app B.7]
 
-    An MLP is a sum over hidden channels, so it may be cut: the shared expert takes the first n_shared_expert d_expert of
-    them, each routed expert is a copy of the rest, and n_active copies whose gates sum to one are one of them. Channels
+    Copies whose gates sum to one are one of them, whichever n_active were chosen. Ours is the cut for shared experts: an MLP is
+    a sum over hidden channels, of which they take the first n_shared_expert d_expert, and the copies are of the rest. Channels
     beyond F read what others read and write nothing yet."""
     names = ["w_down.weight", "w_gate.weight", "w_up.weight"]
     if sorted(dense) != names:
@@ -472,7 +479,7 @@ def demo(argv):
     if argv:
         raise UsageError(f"moe.py takes no arguments, not {' '.join(argv)}")
     torch.manual_seed(0)
-    cfg = MoEConfig(bias_lr=0.005, aux_loss="sequence", aux_alpha=1.0, d_expert=48)
+    cfg = MoEConfig(bias_lr=0.005, aux_loss="switch", aux_alpha=1.0, d_expert=48)
     cfg.n_embd = 32
     layer = MoE(cfg, d_ff=96)
     for name, p in layer.named_parameters():

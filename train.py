@@ -16,6 +16,7 @@ References:
     [Adam]   Adam: A Method for Stochastic Optimization, arXiv:1412.6980
     [AdamW]  Decoupled Weight Decay Regularization, arXiv:1711.05101
     [SGDR]   SGDR: Stochastic Gradient Descent with Warm Restarts, arXiv:1608.03983
+    [DSV3]   DeepSeek-V3 Technical Report, arXiv:2412.19437
 Run me:      python train.py                                   (trains on this Python's standard library)
              python train.py --input=book.txt --out_dir=out/book --attn=mla --moe
              torchrun --nproc_per_node=2 train.py              (the same on two processes)
@@ -62,7 +63,7 @@ from data import DataConfig
 from dist import DistConfig
 from kernels import KernelConfig
 from model import PRESETS, Model, ModelConfig
-from moe import Experts, update_biases
+from moe import Experts, MoEConfig, update_biases
 from tokenizer import TokenizerConfig, UsageError, atomic_write, flag
 
 
@@ -92,6 +93,7 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
     keep: int = 2                  # newest checkpoints that stay
     resume: str = flag("", bare="latest")  # go on with the run in out_dir: bare for its newest good checkpoint, or a path
     init_from: str = ""            # begin a new run from the weights in this folder (Hugging Face or a run of ours)
+    grow_from: str = ""            # the same, in a larger model that begins as those weights do: with --moe, MLPs become experts
     overwrite: bool = False        # replace the run in out_dir
     plan: bool = False             # print what would run, and stop
     sample: bool = False           # print samples from the run in out_dir, and stop
@@ -104,6 +106,10 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
     repetition_penalty: float = 1.0  # sample: above 1 makes tokens that were there already less likely
     bench: bool = False            # time training steps on random tokens, and stop
     bench_peer: str = ""           # bench: a nanoGPT checkout to time beside, step by step
+
+    @property
+    def weights_from(self):
+        return self.init_from or self.grow_from
 
 
 # ---- Optimizer (how far does a weight move?) ----
@@ -137,6 +143,11 @@ def learning_rate(cfg, step):
         return cfg.lr * (step + 1) / cfg.warmup
     progress = (step - cfg.warmup) / max(1, cfg.steps - 1 - cfg.warmup)
     return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * SCHEDULES[cfg.schedule](min(1.0, progress)))
+
+
+def mtp_weight(cfg, step):
+    """Weight of the MTP modules' loss: high while the stream takes shape, low late in the run.                 [DSV3 sec 4.2]"""
+    return cfg.mtp_weight if step < cfg.mtp_late * cfg.steps else cfg.mtp_weight_late
 
 
 # ---- Precision (which type do the products run in?) ----
@@ -287,8 +298,11 @@ def settle_config(typed):
         saved = saved or dist.read_checkpoint(path)[1]["config"]
     if cfg.resume and cfg.overwrite:
         raise UsageError("--resume goes on with a run and --overwrite deletes it; give one of them")
-    if cfg.resume and cfg.init_from and (saved or {}).get("init_from", cfg.init_from) != cfg.init_from:
-        raise UsageError("--resume goes on with a run, --init_from begins a new one from weights; give one of them")
+    for name in ("init_from", "grow_from"):
+        if cfg.resume and getattr(cfg, name) and (saved or {}).get(name, getattr(cfg, name)) != getattr(cfg, name):
+            raise UsageError(f"--resume goes on with a run, --{name} begins a new one from weights; give one of them")
+    if cfg.grow_from and (cfg.init_from or not cfg.moe and not cfg.resume):
+        raise UsageError("--grow_from makes experts of a dense model's MLPs; give it --moe, and no --init_from")
     if cfg.resume and saved:
         known = {f.name: saved[f.name] for f in dataclasses.fields(TrainConfig) if f.name in saved}
         known["input"] = tuple(known["input"])
@@ -320,7 +334,7 @@ def check_ranges(cfg):
         value = getattr(cfg, name)
         if not 0 <= value <= 1 or value == 0 and name in ("val_fraction", "top_p") or value == 1 and name in ("val_fraction", "beta1", "beta2"):
             raise UsageError(f"--{name}={value} must lie between 0 and 1, for example {getattr(TrainConfig, name)}")
-    if cfg.subword_alpha and not (cfg.tokenizer or cfg.init_from or cfg.resume):
+    if cfg.subword_alpha and not (cfg.tokenizer or cfg.weights_from or cfg.resume):
         raise UsageError("--subword_alpha samples Unigram tokenizers, and the one trained here is BPE; use --bpe_dropout=0.1, or name "
                          "a Unigram one with --tokenizer")
     if cfg.repetition_penalty <= 0:
@@ -532,7 +546,7 @@ def plan(cfg, typed):
     ranks = dist.validate(cfg)
     world = dist.init(cfg) if ranks == 1 else dist.World(device=torch.device("cpu"))
     dtype, reason = compute_dtype(cfg, world.device)
-    cfg = model_flags_of(cfg, typed)[0] if cfg.init_from else cfg
+    cfg = model_flags_of(cfg, typed)[0] if cfg.weights_from else cfg
     if os.environ.get("RANK", "0") == "0":
         print(describe(cfg, model_lib.meta_model(cfg), world.device, dtype, reason, ranks), flush=True)
 
@@ -625,25 +639,30 @@ def _nanogpt_steps(cfg, batch, device, dtype):
 # ---- Main ----
 
 def model_flags_of(cfg, typed):
-    """(cfg with the architecture of --init_from, its model). Typed flags may not contradict the weights."""
-    source = model_lib.from_pretrained(cfg.init_from)
+    """(cfg with the architecture of --init_from or --grow_from, its model). Typed flags may not contradict the weights; those of
+    the experts say what dense ones grow into."""
+    home, source = cfg.weights_from, model_lib.from_pretrained(cfg.weights_from)
     if source.cfg.arch not in READS[cfg.objective] or source.cfg.headless:
-        raise UsageError(f"{cfg.init_from} holds an {source.cfg.arch}{' without a head' * source.cfg.headless}, which "
+        raise UsageError(f"{home} holds an {source.cfg.arch}{' without a head' * source.cfg.headless}, which "
                          f"--objective={cfg.objective} does not train; use weights of a decoder")
     shape = {f.name: getattr(source.cfg, f.name) for f in dataclasses.fields(ModelConfig) if f.name not in ("seed", "seq_len")}
     shape |= model_lib.pinned(source.cfg)                        # what seq_len says by default stays as it was
     if source.cfg.pos == "learned":
         shape["seq_len"] = min(cfg.seq_len, source.cfg.seq_len) if "seq_len" in typed else source.cfg.seq_len
         if typed.get("seq_len", 0) > source.cfg.seq_len:
-            raise UsageError(f"--seq_len={cfg.seq_len}, but {cfg.init_from} has learned positions for {source.cfg.seq_len} tokens only")
+            raise UsageError(f"--seq_len={cfg.seq_len}, but {home} has learned positions for {source.cfg.seq_len} tokens only")
     if cfg.preset:
-        raise UsageError(f"--preset={cfg.preset}: the weights in {cfg.init_from} say themselves what model they are; leave it out")
+        raise UsageError(f"--preset={cfg.preset}: the weights in {home} say themselves what model they are; leave it out")
     of_the_run = {name for name in typed if re.fullmatch(model_lib.TRAINING, name)}          # dropout and the like: no weights
+    experts = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(MoEConfig)} if cfg.grow_from else {}
     for name, value in shape.items():
-        if name in typed and typed[name] != value and name not in of_the_run:
-            raise UsageError(f"--{name}={typed[name]}, but the weights in {cfg.init_from} have {value}; leave --{name} out")
+        if name in typed and typed[name] != value and name not in of_the_run | experts.keys():
+            raise UsageError(f"--{name}={typed[name]}, but the weights in {home} have {value}; leave --{name} out")
     cfg = dataclasses.replace(cfg, **shape | {name: typed[name] for name in of_the_run})
-    return cfg, model_lib.rebuilt(source, cfg)
+    model = model_lib.rebuilt(source, cfg)
+    if experts:
+        model = model_lib.upcycled(model, dataclasses.replace(cfg, **experts))
+    return model.cfg, model
 
 
 def compiled_step(model, cfg, world):
@@ -665,8 +684,8 @@ def prepare_data(cfg, world, state):
     if saved and (saved / "meta.json").is_file():
         folder = saved
     else:
-        if cfg.init_from and not cfg.tokenizer:
-            home = Path(cfg.init_from)                           # a run, one of its checkpoints, or a Hugging Face folder
+        if cfg.weights_from and not cfg.tokenizer:
+            home = Path(cfg.weights_from)                           # a run, one of its checkpoints, or a Hugging Face folder
             folders = [home / "tokenizer", home.absolute().parent.parent / "tokenizer"]
             cfg.tokenizer = str(next((folder for folder in folders if folder.is_dir()), home))
         folder = data.prepare(cfg, cfg.vocab_size, cfg.out_dir, world.print) if world.main else ""
@@ -691,7 +710,7 @@ def main(argv):
     typed = parse(argv)
     cfg = settle_config(typed)
     ranks = dist.validate(cfg)
-    if not cfg.init_from:                                        # whose weights may say how long rows are
+    if not cfg.weights_from:                                     # which weights may say how long rows are
         batch_shape(cfg, ranks)
     if cfg.norm == "batch" and ranks > 1:
         raise UsageError("--norm=batch takes its statistics over the rows of one rank, so ranks would train different models; use one, "
@@ -728,7 +747,7 @@ def train(cfg, typed):
         if loaded is None:
             say(f"--resume: {out} has no checkpoint yet, so the run begins at step 0")
     tensors, state, start = loaded or ({}, None, 0)
-    if cfg.init_from and not state:
+    if cfg.weights_from and not state:
         cfg, source = model_flags_of(cfg, typed)
         batch_shape(cfg, world.size)
     check_disk(cfg, model_lib.meta_model(cfg), out)
@@ -773,7 +792,7 @@ def train(cfg, typed):
     ahead = data.prefetch((micro_batches(loaders["train"], step, shape, world) for step in range(start, cfg.steps)), cfg.prefetch)
     for step, batches in zip(range(start, cfg.steps), ahead):
         tick = time.perf_counter()
-        weight = weight_of_step(batches, world)
+        weight, model.mtp_weight = weight_of_step(batches, world), mtp_weight(cfg, step)
         lr = learning_rate(cfg, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -788,7 +807,7 @@ def train(cfg, typed):
                              f"--lr than {cfg.lr:g}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        metrics = update_biases(model, world)
+        metrics = update_biases(model, world, moving=step < cfg.bias_until * cfg.steps)
         if said:
             metrics |= dict(zip(said, dist.all_sum(world, torch.stack([*said.values()])).tolist()))
 

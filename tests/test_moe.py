@@ -295,13 +295,15 @@ def slow_losses(logits_TE, expert_TA, cfg):
     f = [sum(e in row for row in expert_TA.tolist()) * E / (A * T) for e in range(E)]
     P = {"switch": [sum(l.softmax(0)[e].item() for l in logits_TE) / T for e in range(E)], "expert": [sum(s[e] for s in score) / T for e in range(E)],
          "sequence": [sum(s[e] / sum(s) for s in score) / T for e in range(E)]}
-    want = {name: sum(f[e] * p[e] for e in range(E)) for name, p in P.items()}
+    best = [sorted(range(E), key=lambda e: -s[e])[:A] for s in score]                         # without groups, for DSV3 eq 18
+    own = [sum(e in row for row in best) * E / (A * T) for e in range(E)]
+    want = {name: sum((own if name == "sequence" else f)[e] * p[e] for e in range(E)) for name, p in P.items()}
     want["z"] = sum(math.log(sum(math.exp(x) for x in l)) ** 2 for l in logits_TE.tolist()) / T
-    own = [range(n * E // N, (n + 1) * E // N) for n in range(N)]
-    want["device"] = sum(sum(f[e] for e in on) / len(on) * sum(P["sequence"][e] for e in on) for on in own)
+    places = [range(n * E // N, (n + 1) * E // N) for n in range(N)]
+    want["device"] = sum(sum(f[e] for e in on) / len(on) * sum(P["sequence"][e] for e in on) for on in places)
     most = cfg.top_group if cfg.n_group else min(A, N)
-    sent = [sum(any(e in on for e in row) for row in expert_TA.tolist()) for on in own]
-    want["comm"] = sum(N / (most * T) * s * sum(P["sequence"][e] for e in on) for s, on in zip(sent, own))
+    sent = [sum(any(e in on for e in row) for row in expert_TA.tolist()) for on in places]
+    want["comm"] = sum(N / (most * T) * s * sum(P["sequence"][e] for e in on) for s, on in zip(sent, places))
     return want
 
 
@@ -312,7 +314,8 @@ def test_losses_equal_the_papers(fields, shapes_checked):
         cfg = config(**base, aux_loss=kind, z_alpha=1.0, device_alpha=1.0, comm_alpha=1.0)
         torch.manual_seed(1)
         logits_BTE = 2 * torch.randn(3, 7, cfg.n_expert)
-        expert_BTA = moe.route(logits_BTE.flatten(0, 1), torch.zeros(cfg.n_expert), cfg)[0].unflatten(0, (3, 7))
+        bias_E = torch.randn(cfg.n_expert) * (cfg.bias_lr > 0)
+        expert_BTA = moe.route(logits_BTE.flatten(0, 1), bias_E, cfg)[0].unflatten(0, (3, 7))
         got = moe.balance_losses(logits_BTE, expert_BTA, cfg)
         for b in range(3):
             want = slow_losses(logits_BTE[b], expert_BTA[b], cfg)

@@ -307,6 +307,41 @@ def test_new_runs_begin_from_weights(tiny, tmp_path, capsys):
         run_train(*elsewhere(short, tmp_path / "x"), f"--init_from={first}", "--n_layer=5")
 
 
+def test_a_dense_run_grows_experts(tiny, tmp_path, capsys):
+    """Exact at start, also where the run was stopped before its first checkpoint; then its routers learn."""
+    run_train(*tiny, "--dtype=float32", "--mtp=1")
+    first, short = out_of(tiny), [f for f in tiny if not f.startswith(("--n_", "--vocab_size"))]
+    parent = [row for row in rows_of(first) if "val_loss" in row][-1]["val_loss"]
+    grow = [*short, "--dtype=float32", f"--grow_from={first}", "--moe", "--n_expert=4", "--save_every=0"]
+    for name, lr in (("still", 1e-9), ("moves", 1e-2)):
+        run_train(*elsewhere(grow, tmp_path / name), f"--lr={lr}")
+    loss = {name: [row for row in rows_of(tmp_path / name) if "val_loss" in row][-1]["val_loss"] for name in ("still", "moves")}
+    assert loss["still"] == pytest.approx(parent, abs=1e-5) and loss["moves"] < parent - 0.01
+    again = dist.newest_checkpoint(tmp_path / "moves/ckpt")[0]
+    copies = again["model.blocks.1.mlp.experts.w_down"]
+    assert len(copies) == 4 and not torch.equal(copies[0], copies[1])
+    import shutil
+    shutil.rmtree(tmp_path / "still/ckpt")
+    run_train(f"--out_dir={tmp_path}/still", "--resume")                     # which grows them again
+    assert [row for row in rows_of(tmp_path / "still") if "val_loss" in row][-1]["val_loss"] == pytest.approx(loss["still"], abs=1e-6)
+    for more, said in ((["--moe", f"--init_from={first}"], "no --init_from"), ([], "give it --moe"), (["--moe", "--d_expert=1"], "--d_expert="),
+                       (["--moe", "--n_layer=5"], "--n_layer=5")):
+        with pytest.raises(UsageError, match=said):
+            run_train(*elsewhere(short, tmp_path / "x"), f"--grow_from={first}", *more)
+    with pytest.raises(UsageError, match="experts already"):
+        run_train(*elsewhere(short, tmp_path / "x"), f"--grow_from={tmp_path}/moves", "--moe")
+
+
+def test_late_in_a_run_the_biases_rest_and_mtp_weighs_less(tiny):
+    run_train(*tiny, "--moe", "--n_dense_layer=0", "--mtp=1", "--bias_until=0.5", "--mtp_late=0.5", "--aux_loss=none")
+    rows = [row for row in rows_of(out_of(tiny)) if "loss" in row]
+    ranges = [row["bias_range"] for row in rows]
+    assert len(rows) == 8 and ranges[0] > 0 and ranges[3:] == [ranges[3]] * 5 and ranges[3] > ranges[0]
+    for row in rows:                                             # loss = nll + weight sum mtp_nll w / sum w, nearly the mean here
+        weight = 0.3 if row["step"] <= 4 else 0.1
+        assert (row["loss"] - row["nll"]) / row["mtp1_nll"] == pytest.approx(weight, rel=0.1)
+
+
 @pytest.mark.parametrize("kind, fields", [
     ("gpt2", dict(norm="layer", act="gelu_tanh", pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True)),
     ("llama", dict(attn="gqa", rope_scaling="dynamic", rope_factor=2.0, tie_embeddings=False)),
