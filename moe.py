@@ -45,8 +45,8 @@ from tokenizer import UsageError, run_cli
 @dataclass
 class MoEConfig:
     moe: bool = False              # replace the MLP of the blocks by a mixture of experts
-    n_expert: int = 8              # routed experts of a block
-    n_active: int = 2              # routed experts that a token visits
+    n_expert: int = 16             # routed experts of a block
+    n_active: int = 3              # routed experts that a token visits
     n_shared_expert: int = 1       # experts that every token visits
     d_expert: int = 0              # hidden width of an expert; 0 shares d_ff among the active and shared ones
     n_dense_layer: int = 1         # first blocks that keep a dense MLP
@@ -479,7 +479,7 @@ def demo(argv):
     if argv:
         raise UsageError(f"moe.py takes no arguments, not {' '.join(argv)}")
     torch.manual_seed(0)
-    cfg = MoEConfig(bias_lr=0.005, aux_loss="switch", aux_alpha=1.0, d_expert=48)
+    cfg = MoEConfig(n_expert=8, n_active=2, bias_lr=0.005, aux_loss="switch", aux_alpha=1.0, d_expert=48)
     cfg.n_embd = 32
     layer = MoE(cfg, d_ff=96)
     for name, p in layer.named_parameters():

@@ -830,8 +830,9 @@ def train(cfg, typed):
             if world.main:
                 text = sample_text(model, tok, meta["eot"], "", 1, cfg, world.device, dtype, cfg.seed + done, 100)[0]
                 log.add(step=done, **scores, seconds=seconds, sample=text)
+                load = "max_vio" in metrics and f" | expert load {metrics['min_load']:.2f} to {1 + metrics['max_vio']:.2f} of the mean"
                 say(f"eval {done:6d}/{cfg.steps} | val loss {scores['val_loss']:.4f} | ppl {scores['val_ppl']:.2f} | bits/byte "
-                    f"{scores['val_bpb']:.4f}\n" + "\n".join("  | " + line for line in text.splitlines()[:12]))
+                    f"{scores['val_bpb']:.4f}{load or ''}\n" + "\n".join("  | " + line for line in text.splitlines()[:12]))
         if last or cfg.save_every and done % cfg.save_every == 0:
             save(done)
         if world.main and (last or cfg.eval_every and done % cfg.eval_every == 0):

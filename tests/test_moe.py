@@ -19,7 +19,7 @@ OSS = dict(router="chosen", router_bias=True, expert_act="swiglu_oss", expert_bi
 
 
 def config(n_embd=6, **fields):
-    cfg = MoEConfig(**fields)
+    cfg = MoEConfig(**dict(n_expert=8, n_active=2) | fields)
     cfg.n_embd, cfg.n_layer = n_embd, 6
     return cfg
 
