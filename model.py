@@ -216,9 +216,6 @@ def validate(cfg):
         raise UsageError(f"--norm_one_plus is for --norm=rms, not {cfg.norm}; leave it out")
     if cfg.moe:
         validate_moe(cfg)
-        if not moe_layers(cfg):
-            raise UsageError(f"--n_dense_layer={cfg.n_dense_layer} with --moe_every={cfg.moe_every} and --dense_layers={cfg.dense_layers} "
-                             f"leaves no block of --n_layer={cfg.n_layer} for experts; use --n_dense_layer=0 --moe_every=1")
     if cfg.mtp and (cfg.arch != "decoder" or cfg.headless or cfg.mtp >= cfg.seq_len):
         raise UsageError(f"--mtp={cfg.mtp} predicts tokens that nobody has read yet, through the head, and further ahead than "
                          "--seq_len it never looks; use --arch=decoder, a head and --mtp=1, or --mtp=0")
@@ -235,10 +232,18 @@ def validate(cfg):
         t5_bucket(torch.zeros(1), cfg.t5_buckets, cfg.t5_distance, both_ways and cfg.arch in ("encoder", "encdec"))
 
 
+def refuse_no_experts(cfg):
+    """Of typed flags alone: folders may hold a mixture all of whose blocks are dense."""
+    if cfg.moe and not moe_layers(cfg):
+        raise UsageError(f"--n_dense_layer={cfg.n_dense_layer} with --moe_every={cfg.moe_every} and --dense_layers={cfg.dense_layers} "
+                         f"leaves no block of --n_layer={cfg.n_layer} for experts; use --n_dense_layer=0 --moe_every=1, and name fewer "
+                         "--dense_layers")
+
+
 def idle(cfg):
     """{pattern of flags: what they would need} of all flags that have no effect on this model."""
     plan = layer_plan(cfg)
-    kinds = {layer.attn for layer in plan}
+    kinds, dense = {layer.attn for layer in plan}, not all(layer.moe for layer in plan)
     keeping, recurrent = ({kind for kind in kinds if ATTENTION[kind].recurrent == r} for r in (False, True))
     table = (
         ("rope_.*", cfg.pos == "rope" and any(ATTENTION[kind].rotary(cfg) for kind in kinds), "--pos=rope and a mixer that turns"),
@@ -256,10 +261,13 @@ def idle(cfg):
         ("feature_map", "linear" in kinds, "--attn=linear"), ("tile|res_.*_linear", recurrent, "a linear mixer"),
         ("norm_groups", cfg.norm == "group", "--norm=group"), ("norm_share", cfg.norm == "prms", "--norm=prms"),
         ("start_token|n_enc_layer", cfg.arch == "encdec", "--arch=encdec"), ("mtp_.*", cfg.mtp, "--mtp"),
-        ("d_ff", not all(layer.moe for layer in plan), "a dense block"),
-        ("top_group|group_score", cfg.moe and cfg.n_group, "--moe and --n_group"),
+        ("d_ff", dense or not cfg.d_expert, "a dense block"), ("act", dense or not (cfg.d_expert or cfg.d_ff), "a dense block"),
+        ("mlp_bias", dense, "a dense block"), ("top_group|group_score", cfg.moe and cfg.n_group, "--moe and --n_group"),
+        ("n_group|top_group|group_score", cfg.moe and cfg.top_group != cfg.n_group, "--top_group below --n_group"),
         ("aux_alpha", cfg.moe and cfg.aux_loss != "none", "--moe and --aux_loss"),
+        ("aux_loss", cfg.moe and cfg.aux_alpha, "--moe and --aux_alpha"),
         ("n_device", cfg.moe and (cfg.device_alpha or cfg.comm_alpha), "--moe and --device_alpha or --comm_alpha"),
+        ("device_alpha|comm_alpha", cfg.moe and cfg.n_device != 1, "--moe and --n_device above 1"),
         ("norm_gates", cfg.moe and cfg.router != "chosen", "--moe and --router=sigmoid or softmax"),
         ("|".join(MoEConfig.__dataclass_fields__.keys() - {"moe"}), cfg.moe, "--moe"),
     )
@@ -518,6 +526,9 @@ class Drafter:
     def __init__(self, model, doc_BS, length):
         if not model.mtp:
             raise UsageError("draft=True needs modules that draft; train a model with --mtp=1, or leave it out")
+        if model.cfg.moe and model.cfg.capacity:
+            raise UsageError("draft=True: with --capacity what is dropped depends on the tokens of a call, and drafts are among them; "
+                             "leave draft out")
         if any(block.attn.recurrent for block in model.blocks):
             raise UsageError("draft=True takes rejected tokens back, which the state of a linear mixer cannot; use a model with "
                              "softmax mixers alone, or leave it out")
@@ -823,22 +834,23 @@ class Model(nn.Module):
     def loss(self, batch):
         """(sum of weights * nll, sum of weights, metrics): sums, so that micro-batches and ranks add up to one batch. In training
         the first holds self.mtp_weight times the mean of the MTP modules' sums, too, over the same sum of weights   [DSV3 eq 24, 25];
-        metrics then has the mean nll of the model and of each module, over the weights of its own targets."""
+        metrics then has [sum, weight] of the nll of the model and of each module, whose targets are its own."""
         texts = [batch[key] for key in (("enc_tokens", "tokens") if self.cfg.arch == "encdec" else ("tokens",))]
         where = {key: batch[key] for key in ("positions", "doc_ids", "prefix_len", "enc_doc_ids", "types") if key in batch}
         x_BTD = self.before_norm(*texts, **where)
         read_BTD, targets, weights, docs, metrics = self.norm(x_BTD), batch["targets"], batch["weights"], batch.get("doc_ids"), {}
         loss_sum = self.nll_sum(read_BTD, targets, weights)
         if self.mtp and self.training:
-            metrics["nll"] = loss_sum.detach() / weights.sum().clamp(min=1e-20)
+            metrics["nll"] = torch.stack([loss_sum.detach(), weights.sum()])
             states = self.mtp_states(read_BTD if self.cfg.mtp_normed else x_BTD, batch["tokens"], batch.get("positions"), docs)
             for k, state in enumerate(states, 1):
                 same = 1 if docs is None else docs[:, k:] == docs[:, :-k]          # no target in another document
                 ahead, weight = targets[:, k:], weights[:, k:] * same
                 mtp_sum = self.nll_sum(state, ahead, weight)
-                metrics[f"mtp{k}_nll"] = mtp_sum.detach() / weight.sum().clamp(min=1e-20)
+                metrics[f"mtp{k}_nll"] = torch.stack([mtp_sum.detach(), weight.sum()])
                 loss_sum = loss_sum + self.mtp_weight / self.cfg.mtp * mtp_sum
-        return loss_sum + aux_sum(self, weights.sum(1)), weights.sum(), metrics
+        extra = aux_sum(self, weights.sum(1))
+        return loss_sum + extra if self.training else loss_sum, weights.sum(), metrics
 
     def new_cache(self, spare=0):
         """spare: so many tokens, at least, can be taken back with crop, through windows too."""
@@ -885,6 +897,9 @@ class Model(nn.Module):
             read, n_guess = torch.cat([new, guess], 1), guess.shape[1]
             with evaluating(modules):
                 logits_BCV = self(*source, read, cache=cache, **where)[:, -1 - n_guess:].float()
+            if draft:
+                drafter.counts["calls"] += 1
+                drafter.counts["drafted"] += n_guess
             for i in range(n_guess + 1):
                 logits_BV = logits_BCV[:, i]
                 if repetition_penalty != 1:
@@ -892,15 +907,16 @@ class Model(nn.Module):
                     logits_BV = logits_BV.where(~seen_BV, penalised(logits_BV, repetition_penalty))
                 new_B = pick(logits_BV, temperature, top_k, top_p, generator).where(~done_B, new[:, -1])
                 done_B = done_B | torch.isin(new_B, stop_ids)
+                agreed = i < n_guess and bool((done_B | (guess[:, i] == new_B)).all())         # the row that agrees least decides
+                if agreed:
+                    drafter.counts["accepted"] += 1
                 yield new_B
                 if len(stop_ids) and done_B.all():
                     return
                 new, where, left = new_B[:, None], {}, left - 1                          # the cache knows the documents
-                if i < n_guess and not (done_B | (guess[:, i] == new_B)).all():       # the row that agrees least decides
+                if not agreed:
                     break
             if draft:
-                for name, count in (("calls", 1), ("drafted", n_guess), ("accepted", i)):
-                    drafter.counts[name] += count
                 with evaluating(modules):
                     guess = drafter(cache, read, new, n_guess - i, max(0, min(len(self.mtp), left - 1)))
 
@@ -1602,7 +1618,8 @@ def _groups(free, limited):
     """Group-limited choice of experts; free and limited are names of topk_method without and with it."""
     def read(hf, ours):
         if free != limited and hf["topk_method"] == free or ours["n_group"] < 2:
-            ours |= dict(n_group=0, top_group=0)
+            one = int(ours["n_expert"] > 1)      # one group of all: their order of choice, so that gates sum to the same bit
+            ours |= dict(n_group=one, top_group=one)
 
     def write(c, hf):
         hf |= dict(n_group=c["n_group"] or 1, topk_group=c["top_group"] or 1, topk_method=limited if c["n_group"] else free)
@@ -2251,7 +2268,7 @@ def main(argv):
             raise UsageError("--bench generates with trained weights; name a folder, as in python model.py out --bench")
         return bench(from_pretrained(folder, "cuda" if torch.cuda.is_available() else "cpu").eval())
     flags = PRESETS.get(preset, {}) | typed
-    cfg = ModelConfig(**{name: value for name, value in flags.items() if name in ModelConfig.__dataclass_fields__})
+    refuse_no_experts(cfg := ModelConfig(**{name: value for name, value in flags.items() if name in ModelConfig.__dataclass_fields__}))
     model = from_pretrained(folder, "meta") if folder else meta_model(cfg)
     if describing or not file:
         print(describe(model, typed.get("seq_len", 0)))

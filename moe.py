@@ -298,6 +298,8 @@ def validate_moe(cfg):
     for name, table in CHOICES.items():
         if getattr(cfg, name) not in table:
             refuse(name, f"is not known; use one of {list(table)}")
+    if cfg.n_expert < 1:
+        refuse("n_expert", f"must be at least 1, for example {MoEConfig.n_expert}")
     if not 1 <= cfg.n_active <= cfg.n_expert:
         refuse("n_active", f"of --n_expert={cfg.n_expert}: a token visits between 1 and {cfg.n_expert} experts; "
                f"use --n_active={max(1, min(2, cfg.n_expert))}")
@@ -305,9 +307,9 @@ def validate_moe(cfg):
                  "z_alpha", "device_alpha", "comm_alpha"):
         if not 0 <= getattr(cfg, name) < math.inf:
             refuse(name, f"must be at least 0, for example {getattr(MoEConfig, name)}")
-    fits = [n for n in range(1, cfg.n_expert + 1) if cfg.n_expert % n == 0]
     for name in ("n_group", "n_device"):
-        if getattr(cfg, name) and getattr(cfg, name) not in fits:
+        if getattr(cfg, name) and cfg.n_expert % getattr(cfg, name):
+            fits = [n for n in range(1, min(cfg.n_expert, 1024) + 1) if cfg.n_expert % n == 0]
             refuse(name, f"does not divide --n_expert={cfg.n_expert}; use one of {fits}")
     if cfg.n_group:
         size = cfg.n_expert // cfg.n_group
@@ -315,7 +317,8 @@ def validate_moe(cfg):
             refuse("top_group", f"of --n_group={cfg.n_group} groups of {size}, for --n_active={cfg.n_active} experts; "
                    f"use {-(-cfg.n_active // size)} to {cfg.n_group}")
         if cfg.group_score == "top2" and size < 2:
-            refuse("n_group", "leaves one expert in a group, and top2 adds two; use fewer groups or --group_score=max")
+            refuse("n_group", "leaves one expert in a group, and top2 adds two; use --n_group=0, fewer groups, or --group_score=max with "
+                   "--bias_lr=0")
         if cfg.group_score == "max" and (cfg.bias_lr or cfg.router == "chosen"):
             refuse("group_score", "gives experts of other groups the score 0, against which a negative one would lose; use "
                    "--bias_lr=0 and --router=softmax, or --group_score=top2")
@@ -330,7 +333,7 @@ def moe_layers(cfg):
     """Indices of the blocks that have experts."""
     dense = [item.strip() for item in cfg.dense_layers.split(",") if item.strip()]
     for item in dense:
-        if not item.isdecimal() or int(item) >= cfg.n_layer:
+        if not item.isdecimal() or len(item) > 9 or int(item) >= cfg.n_layer:
             raise UsageError(f"--dense_layers={cfg.dense_layers}: {item!r} is no block of --n_layer={cfg.n_layer}; "
                              f"use 0 to {cfg.n_layer - 1}, as in 0,5")
     if cfg.moe_every < 1:
@@ -355,7 +358,7 @@ class MoE(nn.Module):
         super().__init__()
         validate_moe(cfg)
         width = expert_width(cfg, d_ff)
-        self.cfg, self.aux_B = cfg, None                     # aux_B: in training its weighted auxiliary losses, if there are any
+        self.cfg, self.aux_B, self.aux_has_graph = cfg, None, False              # aux_B: in training its weighted auxiliary losses, if there are any
         self.router = nn.Linear(cfg.n_embd, cfg.n_expert, bias=cfg.router_bias)
         self.experts = Experts(cfg, cfg.n_expert, width, cfg.expert_bias)
         self.shared = Experts(cfg, 1, width * cfg.n_shared_expert) if cfg.n_shared_expert else None
@@ -368,12 +371,15 @@ class MoE(nn.Module):
         self.register_buffer("seen", torch.zeros(2, device=device), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        kept = {name: getattr(self, name) for name in ("bias_E", "seen")}
+        kept = {name: getattr(self, name) for name in ("bias_E", "count_E", "seen")}
         super()._apply(fn, recurse)
         for name, before in kept.items():                    # model.bfloat16() must not round what adds up in small steps
-            if (now := getattr(self, name)).dtype != torch.float32:
+            if (now := getattr(self, name)).dtype != before.dtype:
                 setattr(self, name, before.to(now.device))
         return self
+
+    def __getstate__(self):
+        return self.__dict__ | dict(aux_B=None)              # copies and pickles leave the graph behind
 
     def forward(self, x_BTD):
         x_MD = x_BTD.flatten(0, 1)
@@ -381,7 +387,8 @@ class MoE(nn.Module):
             w, b = self.router.weight.float(), self.router.bias
             logits_ME = F.linear(x_MD.float(), w, None if b is None else b.float())
             expert_MA, gate_MA = route(logits_ME, self.bias_E, self.cfg)
-        capacity = math.ceil(self.cfg.capacity * expert_MA.numel() / self.cfg.n_expert)                  # [Switch eq 3]
+        most = min(self.cfg.capacity, self.cfg.n_expert)     # more than all visits drops nothing
+        capacity = math.ceil(most * expert_MA.numel() / self.cfg.n_expert)                               # [Switch eq 3]
         y_MD = self.experts(x_MD, expert_MA, gate_MA, capacity)
         if self.shared is not None:
             y_MD = y_MD + self.shared.mlp(x_MD, lambda x, w, b: F.linear(x, w[0]))
@@ -390,12 +397,15 @@ class MoE(nn.Module):
 
     @torch.compiler.disable
     def observe(self, logits_BTE, expert_BTA, capacity):
-        """In training: auxiliary losses, and what update_biases will ask for."""
+        """In training mode, also without gradients: auxiliary losses, and what update_biases will ask for."""
         losses = balance_losses(logits_BTE, expert_BTA, self.cfg) if self.training else {}
         aux_B = sum(getattr(self.cfg, name) * loss_B for name, loss_B in losses.items()) if losses else None
         if recomputing():                                    # seen before; its graph was wanted, though
+            if losses and not self.aux_has_graph:
+                raise UsageError("torch.utils.checkpoint(use_reentrant=True) loses the gradients of the experts' auxiliary losses; use "
+                                 "use_reentrant=False, or --aux_loss=none")
             return
-        self.aux_B = aux_B
+        self.aux_B, self.aux_has_graph = aux_B, aux_B is not None and aux_B.requires_grad
         if self.training:
             with torch.no_grad():
                 count_E = counts(expert_BTA.flatten(), self.cfg.n_expert)
@@ -407,8 +417,8 @@ class MoE(nn.Module):
 # ---- Bias and metrics (once per optimizer step) ----
 
 def aux_sum(model, weight_B):
-    """Sum over rows and layers of a row's weight times its auxiliary losses: what Model.loss adds, so that micro-batches
-    and ranks add up. It lets go of them, and with them of their graph."""
+    """Sum over rows and layers of a row's weight times its auxiliary losses: what Model.loss adds in training, so that
+    micro-batches and ranks add up. It lets go of them, and with them of their graph."""
     total = 0.0
     for layer in (m for m in model.modules() if isinstance(m, MoE) and m.aux_B is not None):
         total, layer.aux_B = total + (weight_B * layer.aux_B).sum(), None
@@ -432,11 +442,12 @@ def update_biases(model, world=World(), moving=True):
     seen = all_sum(world, torch.stack([torch.cat([m.count_E.double(), m.seen.double()]) for m in layers]))
     count_LE, (entropy, dropped) = seen[:, :-2], seen[:, -2:].sum(0)
     total, mean_L1 = count_LE.sum().clamp(min=1), count_LE.mean(1, keepdim=True)
+    asleep_L1 = (mean_L1 == 0) & (total > 1)                 # blocks that this step did not run have no load to speak of
     for layer, step_E in zip(layers, torch.sign(mean_L1 - count_LE).float()):
         layer.bias_E += moving * layer.cfg.bias_lr * step_E
         layer.count_E.zero_()
         layer.seen.zero_()
-    load_LE, bias_LE = count_LE / mean_L1.clamp(min=1), torch.stack([m.bias_E for m in layers]).double()
+    load_LE, bias_LE = (count_LE / mean_L1).masked_fill(asleep_L1, 1.0).nan_to_num(0.0), torch.stack([m.bias_E for m in layers]).double()
     values = dict(max_vio=load_LE.max() - 1, min_load=load_LE.min(), bias_range=(bias_LE.amax(1) - bias_LE.amin(1)).max(),
                   router_entropy=entropy / total * cfg.n_active / math.log(max(2, cfg.n_expert)), dropped=dropped / total)
     return dict(zip(values, torch.stack([*values.values()]).tolist()))
@@ -459,15 +470,16 @@ def upcycle(dense, cfg):
         raise UsageError("copies of a dense MLP add up to it where their gates sum to one and no visit is dropped: use "
                          "--norm_gates=true, --expert_act=swiglu, --capacity=0 and --routed_scale=1")
     down, gate, up = (dense[name] for name in names)
-    width, first = len(gate), cfg.n_shared_expert * cfg.d_expert
-    if first + cfg.d_expert < width:
-        raise UsageError(f"--d_expert={cfg.d_expert}: a routed and {cfg.n_shared_expert} shared experts hold the {width} "
+    width, each = len(gate), expert_width(cfg, len(gate))
+    first = cfg.n_shared_expert * each
+    if first + each < width:
+        raise UsageError(f"--d_expert={each}: a routed and {cfg.n_shared_expert} shared experts hold the {width} "
                          f"channels of the dense MLP; use --d_expert={-(-width // (1 + cfg.n_shared_expert))} or more")
-    channel = torch.arange(first + cfg.d_expert, device=gate.device)
+    channel = torch.arange(first + each, device=gate.device)
     gate, up, down = gate[channel % width], up[channel % width], down[:, channel % width] * (channel < width)
     routed = dict(w_gate=gate[first:], w_up=up[first:], w_down=down[:, first:] / cfg.routed_scale)
     if cfg.expert_bias:
-        routed |= dict(b_gate=gate.new_zeros(cfg.d_expert), b_up=gate.new_zeros(cfg.d_expert), b_down=gate.new_zeros(len(down)))
+        routed |= dict(b_gate=gate.new_zeros(each), b_up=gate.new_zeros(each), b_down=gate.new_zeros(len(down)))
     moe = {f"experts.{name}": torch.stack([tensor] * cfg.n_expert) for name, tensor in routed.items()}
     shared = dict(w_gate=gate[:first], w_up=up[:first], w_down=down[:, :first]) if first else {}
     return moe | {f"shared.{name}": tensor[None].clone() for name, tensor in shared.items()}

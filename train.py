@@ -213,15 +213,15 @@ def to_device(batch, device):
 
 def accumulate(step_fn, batches, weight, world, dtype):
     """Gradients of this rank's micro-batches, for a loss that is divided by the weight of the whole step. -> (its sum, {metric:
-    this rank's part of the mean over the step})"""
+    this rank's [sum, weight]})"""
     loss_sum, said = torch.zeros((), dtype=torch.float64, device=world.device), {}
     for i, batch in enumerate(batches):
         with dist.accumulating(step_fn, last=i == len(batches) - 1):
             with autocast(world.device, dtype):
-                part, counted, more = step_fn(to_device(batch, world.device))
+                part, _, more = step_fn(to_device(batch, world.device))
             (part * (world.size / weight)).backward()
             loss_sum += part.detach()
-            said |= {name: said.get(name, 0) + value.double() * counted / weight for name, value in more.items()}
+            said |= {name: said.get(name, 0) + pair.double() for name, pair in more.items()}
     return loss_sum, said
 
 
@@ -345,6 +345,10 @@ def check_ranges(cfg):
     for name in ("headless", "pooler", "mlm_head"):
         if getattr(cfg, name):
             raise UsageError(f"--{name} belongs to encoders, and --objective={cfg.objective} trains decoders; leave it out")
+    model_lib.refuse_no_experts(cfg)
+    if cfg.moe and cfg.n_active == 1 and (cfg.norm_gates or cfg.router == "chosen") and not cfg.weights_from:
+        raise UsageError("--n_active=1: a gate divided by itself is 1, from which the router learns nothing; use --norm_gates=false with "
+                         "--router=sigmoid or softmax")
     if cfg.dtype == "float16":
         raise UsageError("--dtype=float16 needs loss scaling (and is slower than float32 on a CPU); use bfloat16 or float32")
 
@@ -809,7 +813,8 @@ def train(cfg, typed):
         optimizer.zero_grad(set_to_none=True)
         metrics = update_biases(model, world, moving=step < cfg.bias_until * cfg.steps)
         if said:
-            metrics |= dict(zip(said, dist.all_sum(world, torch.stack([*said.values()])).tolist()))
+            sums = dist.all_sum(world, torch.stack([*said.values()])).tolist()
+            metrics |= {name: nll / max(weight, 1e-20) for name, (nll, weight) in zip(said, sums)}
 
         took = time.perf_counter() - tick
         seconds, recent = seconds + took, (recent + [took])[-50:]

@@ -418,7 +418,7 @@ def test_dropout_is_off_by_default_and_in_evaluation():
     (dict(pos="alibi", attn="lightning"), "--pos=rope"), (dict(norm="group", norm_groups=7), "norm_groups"), (dict(n_head=5), "n_head"), (dict(attn="strided", n_head=1), "sparse"),
     (dict(head_dim=7), "even width"), (dict(rope_fraction=0.001), "even width"), (dict(rope_scaling="ntk", head_dim=2), "use linear"), (dict(pos="t5", t5_distance=8), "32 and 128"),
     (dict(pos="t5", t5_buckets=1), "t5_buckets"), (dict(attn_scale=math.nan), "finite"), (dict(rope_theta=0.0), "above 0"), (dict(rope_factor=0.5), "at least 1"),
-    (dict(rope_low=4.0), "rope_high"), (dict(rope_beta_slow=40.0), "rope_beta_fast"), (dict(moe=True, n_dense_layer=2), "leaves no block"), (dict(moe=True, n_shared_expert=-1), "at least 0"),
+    (dict(rope_low=4.0), "rope_high"), (dict(rope_beta_slow=40.0), "rope_beta_fast"), (dict(moe=True, n_shared_expert=-1), "at least 0"),
     (dict(norm="group", norm_groups=24), "two or more"), (dict(layers="mha*99999999999"), "mixers are"), (dict(start_token=37), "below"), (dict(embed_grad_shrink=1.5), "at most 1"),
     (dict(norm="layer", norm_one_plus=True), "norm_one_plus"), (dict(rope_scaling="magic"), "yarn"), (dict(rope_fraction=0.0), "rope_fraction"),
 ])
@@ -434,7 +434,12 @@ def test_flags_without_effect_are_named():
     assert "swa" in said("window", layers="mha,mla", window=3)["window"] and not said("window", layers="mha,swa", window=3)
     assert list(said("n_kv_head", "rope_fraction", "kv_lora_rank", attn="mla")) == ["rope_fraction", "n_kv_head"]
     assert list(said("rope_factor", "rope_theta", "rope_beta_fast", "rope_low", rope_scaling="yarn")) == ["rope_low"]
-    assert list(said("n_expert", "d_ff")) == ["n_expert"] and list(said("n_expert", "d_ff", moe=True, n_dense_layer=0)) == ["d_ff"]
+    assert list(said("n_expert", "d_ff")) == ["n_expert"] and list(said("n_expert", "d_ff", moe=True, n_dense_layer=0, d_expert=8)) == ["d_ff"]
+    assert not said("d_ff", "act", moe=True, n_dense_layer=0) and list(said("act", "mlp_bias", moe=True, n_dense_layer=0, d_ff=64)) == ["act", "mlp_bias"]
+    assert list(said("aux_loss", moe=True, aux_loss="switch", aux_alpha=0.0)) == ["aux_loss"] and said("device_alpha", moe=True, n_device=1, device_alpha=0.1)
+    assert len(said("n_group", "top_group", moe=True, n_group=4, top_group=4)) == 2 and not said("n_group", "top_group", moe=True, n_group=4, top_group=2)
+    with pytest.raises(UsageError, match="leaves no block"):
+        M.refuse_no_experts(ModelConfig(**SMALL, moe=True, n_dense_layer=2))
 
 
 def test_another_run_of_the_same_weights():

@@ -1,3 +1,4 @@
+import copy
 import math
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import dist
 import moe
 from conftest import launch
+from model import Model, ModelConfig
 from moe import MoE, MoEConfig
 from tokenizer import UsageError
 
@@ -396,15 +398,42 @@ def test_auxiliary_losses_are_weighed_and_gone_in_evaluation():
     assert plain.aux_B is None
 
 
+def test_what_training_left_behind_is_no_part_of_a_copy_or_of_an_evaluation():
+    layer = layer_of(**ALL)
+    layer(torch.randn(2, 7, 6))
+    assert layer.aux_B is not None and copy.deepcopy(layer).aux_B is None
+    model = Model(ModelConfig(vocab_size=17, n_layer=2, n_embd=16, n_head=2, seq_len=16, moe=True, n_dense_layer=0, mtp=1, aux_loss="sequence", aux_alpha=9.0))
+    tokens_BT = torch.arange(12).view(2, 6)
+    batch = dict(tokens=tokens_BT, targets=tokens_BT, weights=torch.ones(2, 6))
+    want = model.eval().loss(batch)[0]
+    model.train().mtp_logits(tokens_BT[:1])                      # whose modules an evaluation does not run
+    assert torch.equal(model.eval().loss(batch)[0], want)
+    model.train()(tokens_BT)
+    seen = moe.update_biases(model)
+    assert 0 <= seen["min_load"] <= 1 and seen["max_vio"] > 0    # of the blocks that ran
+    for dtype in (torch.bfloat16, torch.float64):
+        model.type(dtype)
+        assert all(m.count_E.dtype == torch.int64 and m.bias_E.dtype == torch.float32 for m in model.modules() if isinstance(m, moe.MoE))
+
+
+def test_a_capacity_beyond_all_visits_drops_nothing():
+    x_BTD = torch.randn(2, 7, 6)
+    torch.testing.assert_close(layer_of(capacity=1e300)(x_BTD), layer_of()(x_BTD), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_counts_once(reentrant):
     a, b = layer_of(**ALL), layer_of(**ALL)
     x_BTD, rows = torch.randn(2, 7, 6, requires_grad=True), torch.ones(2)
     grads = []
     for layer, y_BTD in ((a, a(x_BTD)), (b, checkpoint(b, x_BTD, use_reentrant=reentrant))):
-        aux = moe.aux_sum(layer, rows)                           # reentrant ones have no graph in the first pass: outputs alone
+        aux = moe.aux_sum(layer, rows)
         x_BTD.grad = None
-        (y_BTD.square().sum() + (0 if reentrant else aux)).backward()
+        if layer is b and reentrant:                             # no graph in the first pass
+            with pytest.raises(UsageError, match="use_reentrant=False"):
+                (y_BTD.square().sum() + aux).backward()
+            return
+        (y_BTD.square().sum() + aux).backward()
         grads.append([x_BTD.grad.clone(), *(p.grad for p in layer.parameters())])
     for p, q in zip(*grads):
         torch.testing.assert_close(p, q)
@@ -485,13 +514,13 @@ def test_which_blocks_have_experts():
     assert of() == [1, 2, 3, 4, 5] and of(n_dense_layer=0) == [0, 1, 2, 3, 4, 5] and of(n_dense_layer=0, moe_every=2) == [1, 3, 5]
     assert of(n_dense_layer=3, moe_every=2) == [3, 5] and of(dense_layers="1, 4") == [2, 3, 5] and of(n_dense_layer=6) == []
     assert moe.moe_layers(config()) == []
-    for fields, word in ((dict(dense_layers="1,x"), "'x'"), (dict(dense_layers="6"), "0 to 5"), (dict(moe_every=0), "--moe_every=0")):
+    for fields, word in ((dict(dense_layers="1,x"), "'x'"), (dict(dense_layers="6"), "0 to 5"), (dict(dense_layers="9" * 5000), "0 to 5"), (dict(moe_every=0), "--moe_every=0")):
         with pytest.raises(UsageError, match=word):
             of(**fields)
 
 
 @pytest.mark.parametrize("fields, word", [
-    (dict(n_active=9), "--n_active=9"), (dict(n_active=0), "--n_active=0"), (dict(router="x"), "--router=x"), (dict(dispatch="x"), "--dispatch=x"),
+    (dict(n_active=9), "--n_active=9"), (dict(n_expert=0), "--n_expert=0"), (dict(n_expert=10**9, n_group=7), "use one of .1, 2, 4, 5"), (dict(n_active=0), "--n_active=0"), (dict(router="x"), "--router=x"), (dict(dispatch="x"), "--dispatch=x"),
     (dict(aux_loss="x"), "--aux_loss=x"), (dict(expert_act="x"), "--expert_act=x"), (dict(group_score="x"), "--group_score=x"),
     (dict(n_group=3, top_group=1), r"use one of \[1, 2, 4, 8\]"), (dict(n_group=4), "--top_group=0"), (dict(n_group=4, top_group=5), "use 1 to 4"),
     (dict(n_group=4, top_group=1, n_active=3), "use 2 to 4"), (dict(n_group=8, top_group=2), "leaves one expert"), (dict(n_device=3), "--n_device=3"),
@@ -511,6 +540,11 @@ def dense_mlp(D, width):
             (("w_gate.weight", (width, D)), ("w_up.weight", (width, D)), ("w_down.weight", (D, width)))}
 
 
+def slow_dense(dense, x_BTD):
+    gate, up, down = (dense[f"w_{name}.weight"] for name in ("gate", "up", "down"))
+    return (F.silu(x_BTD @ gate.T) * (x_BTD @ up.T)) @ down.T
+
+
 @pytest.mark.parametrize("fields, width", [
     (dict(n_shared_expert=0, d_expert=24), 24), (dict(n_shared_expert=1, d_expert=12), 24), (dict(n_shared_expert=2, d_expert=8), 24),
     (dict(n_shared_expert=1, d_expert=12), 23), (dict(n_shared_expert=3, d_expert=7), 25), (dict(n_shared_expert=0, d_expert=40), 24),
@@ -520,12 +554,17 @@ def test_an_upcycled_mlp_equals_the_dense_one(fields, width):
     layer, dense = layer_of(**fields), dense_mlp(6, width)
     missing = layer.load_state_dict(moe.upcycle(dense, layer.cfg), strict=False)
     assert set(missing.missing_keys) == {"router.weight", "bias_E"} and not missing.unexpected_keys
-    gate, up, down = (dense[f"w_{name}.weight"] for name in ("gate", "up", "down"))
     x_BTD = torch.randn(2, 11, 6, requires_grad=True)
-    want = (F.silu(x_BTD @ gate.T) * (x_BTD @ up.T)) @ down.T
-    torch.testing.assert_close(layer(x_BTD), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer(x_BTD), slow_dense(dense, x_BTD), rtol=1e-6, atol=1e-6)
     layer(x_BTD).square().sum().backward()
     assert (layer.experts.w_down.grad != 0).any(-2).all(-1).any()          # channels that write nothing yet learn to
+
+
+def test_upcycling_takes_the_default_width_where_it_fits():
+    layer, dense = layer_of(n_active=1, d_expert=0, d_ff=48), dense_mlp(6, 48)
+    layer.load_state_dict(moe.upcycle(dense, layer.cfg), strict=False)
+    x_BTD = torch.randn(2, 5, 6)
+    torch.testing.assert_close(layer(x_BTD), slow_dense(dense, x_BTD), rtol=1e-6, atol=1e-6)
 
 
 def test_what_cannot_be_upcycled_is_refused():
