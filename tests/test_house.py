@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -78,11 +77,10 @@ def test_flags_of_the_design_are_there():
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
-def test_every_file_shows_its_idea_in_under_ten_seconds(name):
-    start = time.monotonic()
+def test_every_file_shows_its_idea(name):
     done = subprocess.run([sys.executable, ROOT / f"{name}.py"], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="2"))
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 4, done.stderr
-    assert not done.stderr and time.monotonic() - start < 60     # ten on a quiet machine
+    assert not done.stderr
 
 
 # ---- README ----
