@@ -178,7 +178,7 @@ def _rmsnorm(x_MD: torch.Tensor, r_MD: torch.Tensor | None, w_D: torch.Tensor, e
     """-> y in dtype, x + r (empty without r), 1 / rms of each row. Without triton a chain of torch's own ops, fewer than
     autograd would make of the reference."""
     M, D = x_MD.shape
-    stream = x_MD.dtype if r_MD is None else torch.result_type(x_MD, r_MD)
+    stream = x_MD.dtype if r_MD is None else torch.promote_types(x_MD.dtype, r_MD.dtype)
     if not takes_triton(x_MD):
         x_MD = x_MD if r_MD is None else x_MD + r_MD
         norm_M1 = torch.linalg.vector_norm(x_MD, dim=-1, keepdim=True, dtype=torch.promote_types(stream, torch.float32))
@@ -195,7 +195,7 @@ def _rmsnorm(x_MD: torch.Tensor, r_MD: torch.Tensor | None, w_D: torch.Tensor, e
 
 @_rmsnorm.register_fake
 def _(x_MD, r_MD, w_D, eps, dtype):
-    stream = x_MD.dtype if r_MD is None else torch.result_type(x_MD, r_MD)
+    stream = x_MD.dtype if r_MD is None else torch.promote_types(x_MD.dtype, r_MD.dtype)
     total = x_MD.new_empty(0) if r_MD is None else torch.empty_like(x_MD, dtype=stream)
     return torch.empty_like(x_MD, dtype=dtype), total, x_MD.new_empty(len(x_MD), dtype=torch.promote_types(stream, torch.float32))
 
@@ -255,7 +255,7 @@ def add_rmsnorm(x, r, w_D, eps=1e-6):
     if torch.compiler.is_compiling() and not takes_triton(x):
         y, total = add_rmsnorm_ref(x, r, w_D, eps)
         return to_autocast(y), total
-    dtype = autocast_dtype(torch.result_type(x, r), x.device.type)
+    dtype = autocast_dtype(torch.promote_types(x.dtype, r.dtype), x.device.type)
     x_MD, r_MD = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, r))
     y_MD, sum_MD, _ = _rmsnorm(x_MD, r_MD, w_D, eps, dtype)
     return y_MD.view_as(x), sum_MD.view_as(x)
