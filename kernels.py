@@ -425,7 +425,8 @@ def _store_pairs(row_H1, keep_H1, a_HJ, b_HJ, K: tl.constexpr, P: tl.constexpr, 
 
 @jit
 def _heads(x_ptr, in_ptr, w_ptr, out_ptr, dw_ptr, cos_ptr, sin_ptr, in_b, in_t, in_h, angle_b, M, T, H, block, eps, K: tl.constexpr,
-           P: tl.constexpr, NORM: tl.constexpr, BACK: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr):
+           P: tl.constexpr, NORM: tl.constexpr, BACK: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+           BLOCK_J: tl.constexpr):
     head_H1, all_11 = block * BLOCK_H + tl.arange(0, BLOCK_H)[:, None], tl.arange(0, 1)[:, None] == 0
     keep_H1 = head_H1 < H
     if NORM:
@@ -457,9 +458,9 @@ def _heads(x_ptr, in_ptr, w_ptr, out_ptr, dw_ptr, cos_ptr, sin_ptr, in_b, in_t, 
 
 
 @jit
-def _qk_norm_rope_rows(q_ptr, k_ptr, qin_ptr, kin_ptr, wq_ptr, wk_ptr, qout_ptr, kout_ptr, dw_ptr, cos_ptr, sin_ptr, q_b, q_t, q_h, k_b, k_t, k_h,
-                       angle_b, M, T, H, G, eps, K: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, BACK: tl.constexpr, HALF: tl.constexpr,
-                       BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr):
+def _qk_norm_rope_rows(q_ptr, k_ptr, qin_ptr, kin_ptr, wq_ptr, wk_ptr, qout_ptr, kout_ptr, dw_ptr, cos_ptr, sin_ptr,
+                       q_b, q_t, q_h, k_b, k_t, k_h, angle_b, M, T, H, G, eps, K: tl.constexpr, P: tl.constexpr,
+                       NORM: tl.constexpr, BACK: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr):
     # grid (programs, blocks of query heads, then of key heads): each strides over the tokens, whose heads lie side by side and
     # find their cos and sin in cache. What comes in comes with its strides, so that views of wider rows are not copied. The
     # way back is the same turn by the opposite angle, the norm behind it and the gains' gradients in registers
@@ -483,9 +484,11 @@ def _launch_heads(q_in, k_in, q_BTHK, k_BTGK, q_gain_K, k_gain_K, cos, sin, layo
     q_out, k_out = q_in.new_empty(q_in.shape), k_in.new_empty(k_in.shape)
     part_CJK = torch.empty(programs * sums, sum(blocks), K, device=q_in.device, dtype=torch.float32)
     _qk_norm_rope_rows[(programs, sum(blocks))](
-        *(x.contiguous() if sums else q_in for x in (q_BTHK, k_BTGK)), q_in, k_in, *((q_gain_K, k_gain_K) if norm else (q_in, k_in)),
+        *(x.contiguous() if sums else q_in for x in (q_BTHK, k_BTGK)), q_in, k_in,
+        *((q_gain_K, k_gain_K) if norm else (q_in, k_in)),
         q_out, k_out, part_CJK, cos, sin, *q_in.stride()[:3], *k_in.stride()[:3], cos.stride(0) if len(cos) > 1 else 0,
-        B * T, T, H, G, eps, K=K, P=P, NORM=norm, BACK=back, HALF=layout == "half", BLOCK_H=BLOCK_H, BLOCK_J=triton.next_power_of_2(K // 2))
+        B * T, T, H, G, eps, K=K, P=P, NORM=norm, BACK=back, HALF=layout == "half", BLOCK_H=BLOCK_H,
+        BLOCK_J=triton.next_power_of_2(K // 2))
     return q_out, k_out, *(part.sum((0, 1)) for part in part_CJK.split(blocks, 1))
 
 
@@ -564,7 +567,8 @@ GATES = {                          # kind: (act, d act(gate) / d gate times d); 
     "bilinear": (lambda gate: gate, lambda d, gate, act: d),
     "reglu": (F.relu, lambda d, gate, act: aten.threshold_backward(d, gate, 0)),
     "geglu": (F.gelu, lambda d, gate, act: aten.gelu_backward(d, gate)),
-    "geglu_tanh": (lambda gate: F.gelu(gate, approximate="tanh"), lambda d, gate, act: aten.gelu_backward(d, gate, approximate="tanh")),
+    "geglu_tanh": (lambda gate: F.gelu(gate, approximate="tanh"),
+                   lambda d, gate, act: aten.gelu_backward(d, gate, approximate="tanh")),
     "swiglu": (F.silu, lambda d, gate, act: aten.silu_backward(d, gate)),
 }
 
@@ -693,11 +697,13 @@ def bench_rows(device, dtype, quick):
         gate = lambda f: lambda gate, up: f(gate, up, "swiglu")
         heads, hidden = [draw(1, M, H, K), draw(1, M, H, K)], [draw(M, N), draw(M, N)]
         # what moves forward and back, in tensors of the first leaf's size
-        table = [("rmsnorm", rmsnorm, rmsnorm_ref, [draw(M, D), w_D], (), 2, 3, lambda x, w: liger.liger_rms_norm(x, w, 1e-6, in_place=False)),
+        table = [("rmsnorm", rmsnorm, rmsnorm_ref, [draw(M, D), w_D], (), 2, 3,
+                  lambda x, w: liger.liger_rms_norm(x, w, 1e-6, in_place=False)),
                  ("add_rmsnorm", add_rmsnorm, add_rmsnorm_ref, [draw(M, D), draw(M, D), w_D], (), 4, 4,
                   lambda x, r, w: liger.liger_fused_add_rms_norm(x, r, w, 1e-6, in_place=False)),
                  ("qk_rope", bare(qk_norm_rope), bare(qk_norm_rope_ref), heads, (cos, sin), 4, 4, lambda q, k, cos, sin: tuple(
-                     x.transpose(1, 2) for x in liger.liger_rope(q.transpose(1, 2), k.transpose(1, 2), cos[:, :, 0], sin[:, :, 0, K // 2:].repeat(1, 1, 2)))),
+                     x.transpose(1, 2) for x in liger.liger_rope(q.transpose(1, 2), k.transpose(1, 2), cos[:, :, 0],
+                                                              sin[:, :, 0, K // 2:].repeat(1, 1, 2)))),
                  ("qk_norm_rope", qk_norm_rope, qk_norm_rope_ref, [*heads, w_K, w_K.clone()], (cos, sin), 4, 6, None),
                  ("gated", gate(gated), gate(gated_ref), hidden, (), 3, 5, lambda gate, up: liger.liger_swiglu(gate, up))]
         for name, ours, ref, leaves, rest, forward, back, theirs in table:
@@ -705,7 +711,8 @@ def bench_rows(device, dtype, quick):
             peers |= dict(compile=torch.compile(ref)) if gpu else {}
             peers |= dict(liger=theirs) if liger and gpu and theirs else {}
             size = leaves[0].nbytes
-            yield Case(name, "x".join(map(str, leaves[0].shape)), ours, ref, peers, leaves, rest, (0, 0), (forward * size, back * size))
+            shape = "x".join(map(str, leaves[0].shape))
+            yield Case(name, shape, ours, ref, peers, leaves, rest, (0, 0), (forward * size, back * size))
 
 
 # ---- Start-up (what should a run that compiles nothing not wait for?) ----
