@@ -36,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import best_ms, no_autocast, rmsnorm
+from kernels import add_rmsnorm, best_ms, no_autocast, qk_norm_rope, rmsnorm, rope_ref
 from tokenizer import UsageError, run_cli
 
 
@@ -132,8 +132,16 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps, self.one_plus = given(torch.zeros(D) if one_plus else torch.ones(D)), eps, one_plus
 
+    @property
+    def gain(self):
+        return 1 + self.weight if self.one_plus else self.weight
+
     def forward(self, x):
-        return rmsnorm(x, 1 + self.weight if self.one_plus else self.weight, self.eps)
+        return rmsnorm(x, self.gain, self.eps)
+
+    def after_adding(self, x, y):
+        """(x + y, its norm) in one pass."""
+        return add_rmsnorm(x, y, self.gain, self.eps)[::-1]
 
 
 # ---- Positions (how does a query know how far away a key is?) ----
@@ -293,9 +301,9 @@ def inverse_frequencies(dim, theta, scaling, cfg, length):
     return ROPE_SCALINGS[scaling](theta, dim, cfg, cfg.rope_original or cfg.seq_len, length)
 
 
-ROPE_LAYOUTS = {                   # flag --rope_layout: (puts in each channel's place its partner, axis that stacks a pair's two)
-    "half": (lambda x: x.roll(x.shape[-1] // 2, -1), -2),                                # j with j + P/2: Llama
-    "interleaved": (lambda x: x.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2), -1),     # 2j with 2j + 1: paper, DeepSeek, GLM
+ROPE_LAYOUTS = {                   # flag --rope_layout: axis that stacks the two channels of a pair
+    "half": -2,                    # j with j + P/2: Llama
+    "interleaved": -1,             # 2j with 2j + 1: paper, DeepSeek, GLM
 }                                  # they differ in the order of channels alone, which q . k does not see
 
 
@@ -309,19 +317,16 @@ class Rope:
         wide = torch.promote_types(dtype, torch.float32)
         angle_BT1J = positions_BT[..., None, None].to(wide) * inv_freq_J.to(positions_BT.device, wide)
         cos, sin = (angle_BT1J.cos() * factor).to(dtype), (angle_BT1J.sin() * factor).to(dtype)
-        self.dim, (self.partner, pair) = dim, ROPE_LAYOUTS[layout]
+        pair, self.layout = ROPE_LAYOUTS[layout], layout
         self.cos, self.sin = torch.stack([cos, cos], pair).flatten(-2), torch.stack([-sin, sin], pair).flatten(-2)
 
     def __call__(self, x_BTHK):
-        cos, sin = self.cos.to(x_BTHK.dtype), self.sin.to(x_BTHK.dtype)        # [B or 1, T, 1, P], the sign of the turn in sin
-        x_BTHP = x_BTHK[..., :self.dim]
-        turned_BTHP = x_BTHP * cos + self.partner(x_BTHP) * sin                                              # [RoPE eq 34]
-        return turned_BTHP if self.dim == x_BTHK.shape[-1] else torch.cat([turned_BTHP, x_BTHK[..., self.dim:]], -1)
+        return rope_ref(x_BTHK, self.cos, self.sin, self.layout)                                             # [RoPE eq 34]
 
-
-def unturned(x_BTHK):
-    """What stands in for a Rope where positions enter elsewhere or not at all."""
-    return x_BTHK
+    def both(self, q_BTHK, k_BSGK, q_norm=None, k_norm=None):
+        """Queries and keys in one pass, each head normalised before where there are norms."""
+        gains, eps = ((q_norm.gain, k_norm.gain), q_norm.eps) if q_norm is not None else ((None, None), 0.0)
+        return qk_norm_rope(q_BTHK, k_BSGK, *gains, self.cos, self.sin, self.layout, eps)
 
 
 # ---- Sparse patterns (which keys, if not all?) ----
@@ -485,7 +490,7 @@ class Places:
     def __init__(self, cfg, layer, this):
         mixer, past, device = ATTENTION[layer.attn], this.past, this.positions_BT.device
         T = this.positions_BT.shape[1]
-        self.positions_BT, self.causal, self.rope, self.turns = this.positions_BT, this.causal, unturned, False
+        self.positions_BT, self.causal, self.rope, self.turns = this.positions_BT, this.causal, None, False
         self.doc_BT = None if this.doc_BS is None else this.doc_BS[:, past:]
         self.doc_before_B = None if this.doc_BS is None or not past else this.doc_BS[:, past - 1]
         if cfg.pos == "rope" and mixer.rotary(cfg) > 0:
@@ -511,7 +516,7 @@ def places_of_memory(this, memory_doc_BS):
     if memory_doc_BS is not None:
         doc_B1S = memory_doc_BS[:, None]
         visible = (doc_B1S >= 0 if this.doc_BS is None else doc_B1S == this.doc_BS[:, this.past:, None])[:, None]
-    return SimpleNamespace(causal=False, rope=unturned, stored=False, added=hide(None, visible, this.dtype))
+    return SimpleNamespace(causal=False, stored=False, added=hide(None, visible, this.dtype))
 
 
 # ---- Cache (what is remembered about the past) ----
@@ -691,6 +696,7 @@ class MHA(nn.Module):
         if cfg.qk_norm != "none":          # of each head by itself, or of all heads together
             q_width, k_width = (K, K) if cfg.qk_norm == "head" else (H * K, G * K)
             self.q_norm, self.k_norm = (RMSNorm(width, cfg.norm_eps, cfg.norm_one_plus) for width in (q_width, k_width))
+        self.norm_turns = cfg.qk_norm == "head" and not cfg.clip_qkv        # nothing stands between that norm and RoPE
         self.sinks = given(torch.zeros(H)) if cfg.sinks else None
         self.lrpe = self.shaw_k = self.shaw_v = None
         if cfg.pos == "lrpe" and (not cfg.lrpe_layers or layer.index < cfg.lrpe_layers):
@@ -707,11 +713,11 @@ class MHA(nn.Module):
     def rotary(cfg):
         return int(head_dim(cfg) * cfg.rope_fraction)
 
-    def queries(self, x_BTD, at):
-        return self.turned(self.split(self.w_q(x_BTD), self.n_head, self.q_norm), at)
+    def queries(self, x_BTD, norm=True):
+        return self.split(self.w_q(x_BTD), self.n_head, self.q_norm if norm else None)
 
-    def keys_values(self, x_BSD, at):
-        k_BSGK = self.turned(self.split(self.w_k(x_BSD), self.n_kv_head, self.k_norm), at)
+    def keys_values(self, x_BSD, norm=True):
+        k_BSGK = self.split(self.w_k(x_BSD), self.n_kv_head, self.k_norm if norm else None)
         return k_BSGK, self.split(self.w_v(x_BSD), self.n_kv_head)
 
     def split(self, y_BTD, heads, norm=None):
@@ -721,15 +727,16 @@ class MHA(nn.Module):
         y_BTD = y_BTD.clamp(-self.clip, self.clip) if self.clip else y_BTD                       # in this order in OLMoE
         return y_BTD.unflatten(-1, (heads, self.head_dim))
 
-    def turned(self, x_BTHK, at):
-        if self.lrpe is None:
-            return at.rope(x_BTHK)
-        return lrpe(x_BTHK, self.lrpe.repeat_interleave(x_BTHK.shape[2] // self.n_kv_head, 0), at.positions_BT)
-
     def forward(self, x_BTD, at, cache=None):
-        q_BTHK = self.queries(x_BTD, at)
-        k_BSGK, v_BSGU = self.keys_values(x_BTD, at)             # turned before the cache: a cached key must not
-        if cache is not None:                                    # depend on who asks
+        together = at.turns and self.norm_turns                  # the norms of heads are left to what turns them
+        q_BTHK = self.queries(x_BTD, not together)
+        k_BSGK, v_BSGU = self.keys_values(x_BTD, not together)
+        if at.turns:
+            q_BTHK, k_BSGK = at.rope.both(q_BTHK, k_BSGK, *(self.q_norm, self.k_norm) if together else ())
+        elif self.lrpe is not None:
+            each = self.lrpe.repeat_interleave(self.n_head // self.n_kv_head, 0)
+            q_BTHK, k_BSGK = lrpe(q_BTHK, each, at.positions_BT), lrpe(k_BSGK, self.lrpe, at.positions_BT)
+        if cache is not None:                                    # turned before the cache: a cached key must not depend on who asks
             k_BSGK, v_BSGU = cache.append(k_BSGK, v_BSGU)
         return self.read(x_BTD, q_BTHK, k_BSGK, v_BSGU, at)
 
@@ -775,12 +782,12 @@ class Cross(MHA):
 
     def forward(self, x_BTD, memory_BSD, at, cache=None):
         if cache is None:
-            k_BSGK, v_BSGU = self.keys_values(memory_BSD, at)
+            k_BSGK, v_BSGU = self.keys_values(memory_BSD)
         elif cache.kept:
             k_BSGK, v_BSGU = cache.kept
         else:
-            k_BSGK, v_BSGU = cache.append(*self.keys_values(memory_BSD, at))
-        return self.read(x_BTD, self.queries(x_BTD, at), k_BSGK, v_BSGU, at)
+            k_BSGK, v_BSGU = cache.append(*self.keys_values(memory_BSD))
+        return self.read(x_BTD, self.queries(x_BTD), k_BSGK, v_BSGU, at)
 
 
 # ---- MLA (a latent per token) ----
@@ -829,9 +836,11 @@ class MLA(nn.Module):
         H, N, P, R = self.n_head, self.nope, self.rope_dim, self.kv_rank
         q_in = x_BTD if self.w_dq is None else rmsnorm(self.w_dq(x_BTD), self.q_gain)                      # [DSV2 eq 12]
         qn_BTHN, qr_BTHP = self.w_q(q_in).unflatten(-1, (H, N + P)).split([N, P], -1)                      # [DSV2 eq 13]
-        qr_BTHP = at.rope(qr_BTHP)                                                                         # [DSV2 eq 14]
         c_BTR, kr_BTP = self.w_dkv(x_BTD).split([R, P], -1)                                                # [DSV2 eq 9]
-        latent_BTL = torch.cat([rmsnorm(c_BTR, self.kv_gain), at.rope(kr_BTP[:, :, None])[:, :, 0]], -1)   # [DSV2 eq 15]
+        if at.turns:
+            qr_BTHP, kr_BT1P = at.rope.both(qr_BTHP, kr_BTP[:, :, None])                                   # [DSV2 eq 14, 15]
+            kr_BTP = kr_BT1P[:, :, 0]
+        latent_BTL = torch.cat([rmsnorm(c_BTR, self.kv_gain), kr_BTP], -1)
         latent_BSL = latent_BTL if cache is None else cache.append(latent_BTL)[0]
         way = self.absorbed if cache is not None and self.absorbing_pays(x_BTD.shape[1], latent_BSL.shape[1]) else self.expanded
         return self.w_o(gated(self, x_BTD, way(qn_BTHN, qr_BTHP, latent_BSL, at).flatten(2)))              # [DSV2 eq 19]

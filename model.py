@@ -49,7 +49,7 @@ import dist
 from attention import (ATTENTION, FEATURE_MAPS, PATTERNS, POSITION_BIAS, POSITIONS, QK_NORMS, ROPE_LAYOUTS, ROPE_SCALINGS,
                        AttentionConfig, Cache, Cross, Layer, Pass, Places, RMSNorm, head_dim, inverse_frequencies,
                        places_in_documents, places_of_memory, rope_base, seen_keys, sinusoid, sparse_sizes, t5_bucket)
-from kernels import linear_cross_entropy, to_autocast
+from kernels import gated, linear_cross_entropy, to_autocast
 from moe import CHOICES, MoE, MoEConfig, aux_sum, expert_width, moe_layers, upcycle, validate_moe
 from tokenizer import Parser, UsageError, add_flags, atomic_write, run_cli
 
@@ -411,7 +411,7 @@ class MLP(nn.Module):
 
     def __init__(self, cfg, d_ff):
         super().__init__()
-        self.act, self.gated = activation(cfg, d_ff), ACTIVATIONS[cfg.act][1]
+        self.act, self.gated, self.kind = activation(cfg, d_ff), ACTIVATIONS[cfg.act][1], cfg.act
         if self.gated:
             self.w_gate = nn.Linear(cfg.n_embd, d_ff, bias=cfg.mlp_bias)
         self.w_up = nn.Linear(cfg.n_embd, d_ff, bias=cfg.mlp_bias)
@@ -419,7 +419,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD):
         if self.gated:
-            return self.w_down(self.act(self.w_gate(x_BTD)) * self.w_up(x_BTD))
+            return self.w_down(gated(self.w_gate(x_BTD), self.w_up(x_BTD), self.kind))
         return self.w_down(self.act(self.w_up(x_BTD)))
 
 
@@ -464,6 +464,7 @@ class Residual(nn.Module):
         self.onto_norm = cfg.norm_at == "prenorm_residual"                 # what is added to: pre(x) or x itself
         alpha, beta = factors
         self.sum = torch.add if factors == (1, 1) else lambda x_BTD, y_BTD: alpha * x_BTD + beta * y_BTD
+        self.plain = cfg.norm == "rms" and cfg.norm_at == "pre" and factors == (1, 1) and not cfg.resid_dropout    # x + f(norm x)
         self.dropout = nn.Dropout(cfg.resid_dropout)
 
     def forward(self, x_BTD, f, *args):
@@ -486,8 +487,12 @@ class Block(nn.Module):
             self.cross, self.res_cross = Cross(plain, replace(layer, window=0)), Residual(cfg, factors(""))
         self.mlp = (MoE if layer.moe else MLP)(cfg, hidden_width(cfg))
         self.res2 = Residual(cfg, factors("_mlp"))
+        self.fused = self.res1.plain and self.res2.plain and self.cross is None      # a sum and the norm after it in one pass
 
     def forward(self, x_BTD, at, cache=None, memory_BSD=None, at_memory=None, cross_cache=None):
+        if self.fused:
+            x_BTD, h_BTD = self.res2.pre.after_adding(x_BTD, self.attn(self.res1.pre(x_BTD), at, cache))
+            return x_BTD + self.mlp(h_BTD)
         x_BTD = self.res1(x_BTD, self.attn, at, cache)
         if self.cross is not None:
             x_BTD = self.res_cross(x_BTD, self.cross, memory_BSD, at_memory, cross_cache)

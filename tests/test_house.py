@@ -15,7 +15,7 @@ import tokenizer
 from conftest import FILES, ROOT, run_train
 
 README = (ROOT / "README.md").read_text()
-PACKAGES = {"torch", "numpy", "regex", "tiktoken", "triton"}
+PACKAGES = {"torch", "numpy", "regex", "tiktoken", "triton", "liger_kernel"}
 
 
 @pytest.mark.parametrize("name", FILES)
