@@ -38,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from dist import World, all_sum
-from kernels import no_autocast, to_autocast
+from kernels import moe_mlp, no_autocast, takes_triton, to_autocast
 from tokenizer import UsageError, run_cli
 
 
@@ -163,21 +163,29 @@ class Experts(nn.Module):
         for name, width in (("b_gate", d_expert), ("b_up", d_expert), ("b_down", D)):
             self.register_parameter(name, nn.Parameter(torch.zeros(E, width)) if bias else None)
 
-    def mlp(self, x, apply):
-        """Down(act(Gate x, Up x)), where apply(x, weights, biases) multiplies each row by its expert's matrix."""
-        h = EXPERT_ACTS[self.cfg.expert_act](apply(x, self.w_gate, self.b_gate), apply(x, self.w_up, self.b_up))
-        return apply(h, self.w_down, self.b_down)
+    def linears(self):
+        return (self.w_gate, self.b_gate), (self.w_up, self.b_up), (self.w_down, self.b_down)
+
+    def mlp(self, x, apply, gate, up, down):
+        """Down(act(Gate x, Up x)) of three (weights, biases), which apply(x, weights, biases) multiplies rows by."""
+        return apply(EXPERT_ACTS[self.cfg.expert_act](apply(x, *gate), apply(x, *up)), *down)
+
+    def how(self, x):
+        return dispatch_of(self.cfg, x.device, to_autocast(x).dtype).split()[0]
 
     def visit(self, x_VD, count_E):
         """Rows sorted by expert -> their experts' outputs. The seam for expert parallelism: where ranks own experts, send
-        each its rows here (all-to-all), let it visit() those that arrive, and send the outputs back; nothing else changes."""
-        return DISPATCHES[dispatch_of(self.cfg, x_VD.device, to_autocast(x_VD).dtype).split()[0]](self, x_VD, count_E)
+        each its rows here (all-to-all), let it visit() those that arrive, and send the outputs back; nothing else changes.
+        (forward goes around it where all experts are here and triton runs, which needs no sorted copy of the rows.)"""
+        return DISPATCHES[self.how(x_VD)](self, x_VD, count_E)
 
     def forward(self, x_MD, expert_MA, gate_MA, capacity=0):
         """sum_a gate_a MLP_{expert_a}(x)."""
         (M, A), D = expert_MA.shape, x_MD.shape[1]
         visit_V, count_E = visits(expert_MA, len(self.w_gate), capacity)
-        out_VD = self.visit(x_MD[visit_V // A], count_E)
+        if len(self.w_gate) == self.cfg.n_expert and self.how(x_MD) == "triton":
+            return moe_mlp(x_MD, visit_V, count_E, gate_MA, self.w_gate, self.w_up, self.w_down)
+        out_VD = self.visit(F.embedding(visit_V // A, x_MD), count_E)      # x[visit_V // A], but its gradient adds up faster
         # back in the order of tokens each sums its own visits, whoever else is in the batch; what was dropped stays zero
         out_MAD = out_VD.new_zeros(M * A, D).index_copy(0, visit_V, out_VD).view(M, A, D)
         return (out_MAD * gate_MA[..., None]).sum(1)                       # gates are float32, and so is the sum
@@ -188,15 +196,11 @@ class Experts(nn.Module):
 def loop(experts, x_VD, count_E):
     """The readable one. Where gradients are wanted an expert without visits runs, too, on no rows, so that every weight has one
     on every rank."""
-    sizes, all_run = count_E.tolist(), torch.is_grad_enabled() or not len(x_VD)
-
-    def apply(x_VK, w_EJK, b_EJ):
-        biases = [None] * len(sizes) if b_EJ is None else b_EJ
-        # unbind: the gradient of w[e] would be as large as all of w, for every e
-        each = zip(x_VK.split(sizes), w_EJK.unbind(), biases)
-        return torch.cat([F.linear(x_CK, w, b) for x_CK, w, b in each if all_run or len(x_CK)])
-
-    return experts.mlp(x_VD, apply)
+    x_VD, sizes, all_run = to_autocast(x_VD), count_E.tolist(), torch.is_grad_enabled() or not len(x_VD)
+    # one cast of all, if all run; unbind: the gradient of w[e] would be as large as all of w, for every e
+    split = lambda p: [None] * len(sizes) if p is None else (to_autocast(p) if all_run else p).unbind()
+    each = zip(x_VD.split(sizes), *(zip(split(w), split(b)) for w, b in experts.linears()))
+    return torch.cat([experts.mlp(x_CD, F.linear, *linears) for x_CD, *linears in each if all_run or len(x_CD)])
 
 
 GROUPED_MM = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -219,31 +223,54 @@ def grouped(experts, x_VD, count_E):
             y.register_hook(torch.Tensor.contiguous)         # an expanded gradient, as of a sum, is refused
         return y[:, :J] if b_EJ is None else y[:, :J] + b_EJ.to(y.dtype)[of_V]
 
-    return experts.mlp(to_autocast(x_VD), apply)
+    return experts.mlp(to_autocast(x_VD), apply, *experts.linears())
+
+
+def fused(experts, x_VD, count_E):
+    """Our kernels on rows that came sorted: a visit each, with gate 1."""
+    x_VD = to_autocast(x_VD)
+    place_V = torch.arange(len(x_VD), device=x_VD.device)
+    return moe_mlp(x_VD, place_V, count_E, x_VD.new_ones(len(x_VD), 1), experts.w_gate, experts.w_up, experts.w_down)
 
 
 DISPATCHES = {                     # flag --dispatch
-    "auto": None,                  # grouped on GPUs that have the kernel, else loop
+    "auto": None,                  # on GPUs triton in half precision, else grouped where that runs; elsewhere loop
     "loop": loop,                  # one expert after the other: the reference
     "grouped": grouped,            # torch's grouped_mm
+    "triton": fused,               # kernels.py:moe_mlp
 }
 
 
+def triton_lacks(cfg, device, dtype):
+    """Why our kernels cannot run these experts; "" if they can."""
+    if not takes_triton(device):
+        return f"triton does not run on {device.type} here"
+    if cfg.expert_act != "swiglu" or cfg.expert_bias:
+        return "the triton kernels have SwiGLU and no biases"
+    return "" if dtype.itemsize <= 4 else "the triton kernels do not take float64"
+
+
 def dispatch_of(cfg, device, dtype=torch.bfloat16):
-    """"loop (why)" or "grouped (why)": how experts run on this device in this type."""
+    """"loop (why)", "grouped (why)" or "triton (why)": how experts run on this device in this type."""
     device = torch.device(device)
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    gpu, lacks = f"a GPU of compute capability {major}.{minor}", triton_lacks(cfg, device, dtype)
     if cfg.dispatch == "loop":
         return "loop (--dispatch)"
+    if cfg.dispatch == "triton" and not lacks:
+        return "triton (--dispatch)"
+    if cfg.dispatch == "auto" and major >= 8 and dtype.itemsize == 2 and not lacks:       # exact float32 gains nothing by hand
+        return f"triton ({gpu})"
+    also = f"; {lacks}" if lacks and (cfg.dispatch == "triton" or cfg.dispatch == "auto" and major >= 8) else ""
     if GROUPED_MM is None:
-        return "loop (this torch has no grouped_mm)"
+        return f"loop (this torch has no grouped_mm{also})"
     if dtype not in (torch.bfloat16, torch.float32):
-        return f"loop (grouped_mm does not take {str(dtype)[6:]})"
+        return f"loop (grouped_mm does not take {str(dtype)[6:]}{also})"
     if cfg.dispatch == "grouped":
         return "grouped (--dispatch)"
     if device.type != "cuda":
-        return f"loop (on {device.type}: the reference)"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{'grouped' if major >= 8 else 'loop'} (a GPU of compute capability {major}.{minor}; grouped_mm wants 8.0)"
+        return f"loop (on {device.type}: the reference{also})"
+    return f"{'grouped' if major >= 8 else 'loop'} ({gpu}; grouped_mm wants 8.0{also})"
 
 
 # ---- Balance (losses of a row: 1 when all experts are alike) ----
@@ -391,7 +418,7 @@ class MoE(nn.Module):
         capacity = math.ceil(most * expert_MA.numel() / self.cfg.n_expert)                               # [Switch eq 3]
         y_MD = self.experts(x_MD, expert_MA, gate_MA, capacity)
         if self.shared is not None:
-            y_MD = y_MD + self.shared.mlp(x_MD, lambda x, w, b: F.linear(x, w[0]))
+            y_MD = y_MD + self.shared.mlp(x_MD, lambda x, w, b: F.linear(x, w[0]), *self.shared.linears())
         self.observe(logits_ME.unflatten(0, x_BTD.shape[:2]), expert_MA.unflatten(0, x_BTD.shape[:2]), capacity)
         return y_MD.to(x_BTD.dtype).view_as(x_BTD)
 

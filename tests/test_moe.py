@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dist
+import kernels
 import moe
 from conftest import launch
 from model import Model, ModelConfig
@@ -207,13 +208,23 @@ def test_dispatch_is_said():
     said = lambda how, device="cpu", dtype=torch.float32: moe.dispatch_of(config(dispatch=how), device, dtype)
     assert said("auto").startswith("loop (on cpu") and said("loop") == "loop (--dispatch)" and said("grouped") == "grouped (--dispatch)"
     assert said("grouped", dtype=torch.float64) == "loop (grouped_mm does not take float64)"
+    if not kernels.takes_triton(torch.device("cpu")):
+        assert said("triton") == "loop (on cpu: the reference; triton does not run on cpu here)"
 
 
 @pytest.mark.parametrize("capability, want", [((9, 0), "grouped"), ((8, 0), "grouped"), ((7, 5), "loop")])
 def test_dispatch_on_a_gpu(capability, want, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels, "_choice", "torch")
     assert moe.dispatch_of(config(), "cuda").startswith(want)
     assert moe.dispatch_of(config(), torch.device("cuda", 0), torch.float16).startswith("loop")
+    monkeypatch.setattr(kernels, "_choice", "triton")
+    said = lambda dtype=torch.bfloat16, **fields: moe.dispatch_of(config(**fields), "cuda", dtype)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert said(dtype).startswith("triton" if capability >= (8, 0) else "loop"), said(dtype)
+    assert said(torch.float32).startswith(want) and said(dispatch="grouped").startswith("grouped") and said(dispatch="loop").startswith("loop")
+    for odd in (dict(expert_act="swiglu_oss"), dict(expert_bias=True)):
+        assert said(**odd).startswith(want) and ("no biases" in said(**odd)) == (capability >= (8, 0))
     monkeypatch.setattr(moe, "GROUPED_MM", None)
     assert moe.dispatch_of(config(dispatch="grouped"), "cuda") == "loop (this torch has no grouped_mm)"
 
