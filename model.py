@@ -1978,7 +1978,8 @@ def _canonical(cfg):
 def _free(cfg):
     """Pattern of the fields in which configurations of one function may differ."""
     kinds, same = {layer.attn for layer in layer_plan(cfg)}, ["seq_len"] * (cfg.pos != "learned")
-    return "|".join([TRAINING, "attn", *idle(cfg), *same, *["attn_scale"] * ("mla" in kinds and not cfg.attn_scale),
+    settled = replace(cfg, d_expert=cfg.d_expert or 1, d_ff=cfg.d_ff or 1)           # automatic widths are worked out by _canonical
+    return "|".join([TRAINING, "attn", *idle(settled), *same, *["attn_scale"] * ("mla" in kinds and not cfg.attn_scale),
                      *["group_score"] * (cfg.top_group >= cfg.n_group), *["mtp_normed"] * (not cfg.mtp)])
 
 

@@ -228,7 +228,7 @@ GOLDEN = {       # class in transformers: our fields, logits of the last token
         [-0.263125, 0.419018, 0.43325, -0.243114, -0.531957, 0.027135, 0.542974, 0.193318, -0.464485, -0.381904, 0.309428]),
     "Glm4ForCausalLM": (GLM4,
         [-0.497359, 0.273553, 0.608424, -0.026527, -0.619195, -0.224872, 0.527894, 0.439202, -0.349574, -0.581132, 0.113629]),
-    "MiniMaxForCausalLM": (dict(PRE, layers="lightning,gqa", norm_at="prenorm_residual", res_alpha=1.5, res_beta_mlp=0.5, moe=True, router="softmax", n_expert=3, n_shared_expert=0, n_dense_layer=0),
+    "MiniMaxForCausalLM": (dict(PRE, layers="lightning,gqa", norm_at="prenorm_residual", res_alpha=1.5, res_beta_mlp=0.5, moe=True, router="softmax", n_expert=3, n_active=2, n_shared_expert=0, n_dense_layer=0),
         [-1.548099, 2.920969, 2.734041, -1.810922, -3.469293, 0.402355, 3.632653, 1.072537, -3.197193, -2.370629, 2.234694]),
     "BertForMaskedLM": (dict(arch="encoder", norm="layer", norm_at="post", pos="learned", embed_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True, act="gelu", mlm_head=True, head_bias=True, n_token_type=2),
         [0.148817, 1.521657, 0.847422, -0.731924, -0.841285, 0.408644, 0.731871, -0.550952, -1.352462, -0.165837, 1.425539]),
