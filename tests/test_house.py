@@ -16,7 +16,7 @@ import tokenizer
 from conftest import FILES, ROOT, run_train
 
 README = (ROOT / "README.md").read_text()
-PACKAGES = {"torch", "numpy", "regex", "tiktoken", "triton"}
+PACKAGES = {"torch", "numpy", "regex", "tiktoken", "triton", "fla"}      # fla: a peer of kernels.py --bench, where installed
 
 
 @pytest.mark.parametrize("name", FILES)
