@@ -36,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import add_rmsnorm, best_ms, no_autocast, qk_norm_rope, rmsnorm, rope_ref
+from kernels import add_rmsnorm, best_ms, decayed_attention, no_autocast, qk_norm_rope, rmsnorm, rope_ref
 from tokenizer import UsageError, run_cli
 
 
@@ -883,6 +883,7 @@ class MLA(nn.Module):
 #     linear                  M_t = M_{t-1} + k_t v_t^T                                        nothing is forgotten
 #     lightning, transnormer  M_t = e^{-slope} M_{t-1} + k_t v_t^T                             a fixed half-life a head
 #     gdn, kda                M_t = (I - beta k_t k_t^T) e^{g_t} M_{t-1} + beta k_t v_t^T      what k_t points to is replaced
+# A decay that no token changes is kernels.decayed_attention; one that tokens choose, a head or a channel, is recurrence below.
 
 def documents(doc_BT, doc_before_B, like):
     """doc_BT and the document of the token before it; one document without end where there is no doc_BT."""
@@ -931,12 +932,6 @@ def decayed_scores(x_BHCK, k_BHCK, left_BHCCJ):
     if left_BHCCJ.shape[-1] == 1:
         return (x_BHCK @ k_BHCK.mT) * left_BHCCJ[..., 0]
     return torch.einsum("bhtk,bhtsk->bhts", x_BHCK, left_BHCCJ * k_BHCK[:, :, None])
-
-
-def decayed_attention(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU=None, doc_BT=None, doc_before_B=None, tile=64):
-    """y_t = sum_{s <= t, same document} e^{-slope (t - s)} (q_t . k_s) v_s, and the state."""
-    log_decay_BTH1 = (-slope_H[:, None]).expand(*q_BTHK.shape[:3], 1)
-    return recurrence(q_BTHK, k_BTHK, v_BTHU, log_decay_BTH1, None, state_BHKU, doc_BT, doc_before_B, tile)
 
 
 class Recurrent(nn.Module):
@@ -1008,11 +1003,12 @@ class Linear(Recurrent):
 
     def forward(self, x_BTD, at, cache=None):
         q_BTHK, k_BTHK, v_BTHU = self.qkv(x_BTD)
-        wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        q_BTHK, k_BTHK = self.phi(q_BTHK.to(wide)), self.phi(k_BTHK.to(wide))
+        wide = torch.promote_types(v_BTHU.dtype, torch.float32)
+        kind = v_BTHU.dtype if v_BTHU.dtype == torch.bfloat16 else wide      # sums of positive features overflow float16
+        q_BTHK, k_BTHK = self.phi(q_BTHK.to(wide)).to(kind), self.phi(k_BTHK.to(wide)).to(kind)
         one_BTH1, zero_H = torch.ones_like(v_BTHU[..., :1]), q_BTHK.new_zeros(self.n_head)
         states = self.before(cache, 1 + at.turns)
-        read = lambda q, k, v, state: decayed_attention(q, k, v, zero_H, state, at.doc_BT, at.doc_before_B, self.tile)
+        read = lambda q, k, v, state: decayed_attention(q, k, v.to(kind), zero_H, state, at.doc_BT, at.doc_before_B, self.tile)
         if at.turns:                # turned features can have a negative product, so only the numerator turns   [RoPE eq 19]
             y_BTHU, states[0] = read(at.rope(q_BTHK), at.rope(k_BTHK), v_BTHU, states[0])
             sum_BTH1, states[1] = read(q_BTHK, k_BTHK, one_BTH1, states[1])

@@ -10,6 +10,7 @@ reference with the same signature, which is its definition and its test; without
     gated                 y = act(gate) up                                    act(gate) is not kept but made again     [GLU eq 6]
     linear_cross_entropy  sum_m weight_m (log sum_v exp(l_mv) - l_m,target)   with l = x w^T, and l never stored:
                           d/dl_mv = weight_m (softmax(l)_mv - [v = target])   a chunk of rows at a time, gradient included
+    decayed_attention     y_t = q_t M_t,  M_t = e^-slope M_{t-1} + k_t v_t^T  M never leaves the registers           [LA2 alg 1]
     moe_mlp               y_m = sum_a gate_ma MLP_{expert_ma}(x_m)            rows fetched by index, never copied in order
     adamw_                w <- round up with probability (x - below) / (above - below): bfloat16 weights learn        [SR]
     newton_schulz         x <- a x + b (x x^T) x + c (x x^T)^2 x              half of x x^T, the rest is its mirror  [Muon]
@@ -23,8 +24,12 @@ Contents:    dispatch | rmsnorm | qk_norm_rope | gated | linear_cross_entropy | 
 Shapes:      M rows (B T flattened), D n_embd, V vocab (in moe_mlp visits, M A), B batch, T tokens, H query heads, G key heads,
              K head dim, P rotary dim, J pairs of channels, F ffn hidden or outputs, E experts, A active experts, L matrices,
              R C short and long side of one, I J tiles of 128
+Contents:    dispatch | rmsnorm | linear_cross_entropy | decayed_attention | start-up | demo and bench
+Shapes:      M rows (B T flattened), D n_embd, V vocab, B batch, T tokens, H heads, K query/key head dim, U value head dim, C tile,
+             N tiles
 References:
     [RMS]    Root Mean Square Layer Normalization, arXiv:1910.07467
+    [LA2]    Lightning Attention-2, arXiv:2401.04658
     [Liger]  Liger Kernel: Efficient Triton Kernels for LLM Training, arXiv:2410.10989
     [RoPE]   RoFormer, arXiv:2104.09864
     [GLU]    GLU Variants Improve Transformer, arXiv:2002.05202
@@ -1390,6 +1395,210 @@ def bench_optim(device, dtype, quick):
     yield Case("newton_schulz", f"{L}x{R}x{R}", ours, ref, peers, (), (draw(L, R, R),), (20 * L * R**3, 0), (0, 0))
     leaves, peers = (draw(D, D), draw(D, D) / D**0.5), {"F.linear": F.linear}
     yield Case("fp8_matmul", f"{D}x{D}x{D}", fp8_matmul, fp8_matmul_ref, peers, leaves, (), (2 * D**3, 4 * D**3), (0, 0))
+# ---- decayed_attention (linear attention whose past fades at a fixed pace a head) ----
+
+def decayed_attention_ref(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU=None, doc_BT=None, doc_before_B=None, tile=64):
+    """y_t = sum_{s <= t, same document} e^{-slope (t - s)} (q_t . k_s) v_s + e^{-slope (t + 1)} q_t . state -> y [B, T, H, U]
+    and the state after the last token [B, H, K, U]. doc_before_B: the document that the state belongs to, by default the first.
+
+    The pairs of a tile of C tokens directly, all before it through the state [LA2 alg 1]: all tiles at once but for the states,
+    and the T mod C last tokens as a shorter tile. bfloat16 is multiplied and returned as it is, all else and the state in
+    float32 or wider."""
+    (B, T, H, K), U, full = q_BTHK.shape, v_BTHU.shape[-1], q_BTHK.shape[1] // tile * tile
+    wide, y = torch.promote_types(q_BTHK.dtype, torch.float32), []
+    kind, slope_H111 = q_BTHK.dtype if q_BTHK.dtype == torch.bfloat16 else wide, slope_H.to(wide).view(H, 1, 1, 1)
+    state_BHKU = q_BTHK.new_zeros(B, H, K, U, dtype=wide) if state_BHKU is None else state_BHKU.to(wide)
+    docs = torch.zeros(1, T, device=q_BTHK.device) if doc_BT is None else doc_BT             # one row of one document for all
+    end = docs[:, 0] if doc_BT is None or doc_before_B is None else doc_before_B
+    for first, last, C in ((0, full, tile), (full, T, T - full)):
+        if first == last:
+            continue
+        q_BHNCK, k_BHNCK, v_BHNCU = (x[:, first:last].to(kind).unflatten(1, (-1, C)).permute(0, 3, 1, 2, 4).contiguous()
+                                     for x in (q_BTHK, k_BTHK, v_BTHU))
+        doc = docs[:, None, first:last, None].unflatten(2, (-1, C))                          # [B, 1, N, C, 1]
+        before, end = torch.cat([end.view(-1, 1, 1, 1, 1), doc[:, :, :-1, -1:]], 2), doc[:, :, -1, -1]
+        # what is left, at token t of a tile, of what token s <= t wrote and of the state; at its end, of token s and the state
+        i_C1 = torch.arange(C, device=q_BTHK.device, dtype=wide)[:, None]
+        left = lambda steps, same: ((-slope_H111 * steps).exp() * same).to(kind)             # [B, H, N, C, .]
+        pair, old = left((i_C1 - i_C1.T).clamp(min=0), (doc == doc.mT).tril()), left(i_C1 + 1, doc == before)
+        new, kept = left(C - 1 - i_C1, doc == doc[:, :, :, -1:]), (-slope_H111 * C).exp() * (doc[:, :, :, -1:] == before)
+        with no_autocast(q_BTHK):
+            states, written = [state_BHKU], ((k_BHNCK * new).mT @ v_BHNCU).to(wide)
+            for write_BHKU, share in zip(written.unbind(2), kept.unbind(2)):
+                states.append(torch.addcmul(write_BHKU, states[-1], share))
+            state_BHKU, old_BHNKU = states[-1], torch.stack(states[:-1], 2).to(kind)
+            y_BHNCU = (q_BHNCK @ k_BHNCK.mT).mul_(pair) @ v_BHNCU
+            y_BHNCU += (q_BHNCK @ old_BHNKU).mul_(old)
+        y.append(y_BHNCU.permute(0, 2, 3, 1, 4).flatten(1, 2))
+    return torch.cat(y, 1), state_BHKU
+
+
+@jit
+def _decayed_sweep(a_ptr, b_ptr, c_ptr, slope_ptr, doc_ptr, start_ptr, ends_ptr, y_ptr, last_ptr, T, H, K, U, SPAN,
+                   REVERSE: tl.constexpr, DOCS: tl.constexpr, OUTPUT: tl.constexpr,
+                   BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_U: tl.constexpr):
+    # grid (blocks of U, spans, B H): a program walks its span tile by tile, its columns of the state in registers all the way,
+    # so a, b, c and y pass once; blocks of one span are neighbours in the grid and find each other's a and b in the L2 cache.
+    # y_t = a_t M_t, M_t = e^-slope M_{t-1} + b_t c_t^T. REVERSE: time runs backward, and the state fades after the reading, not
+    # before the writing. Not OUTPUT: only the state that a span adds, one [K, U] for each span but the last.
+    span, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, h, spans = head // H, head % H, tl.num_programs(1)
+    slope = tl.load(slope_ptr + h).to(tl.float32)
+    i_C, col_K, col_U = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K), tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
+    ahead_CC = (i_C[:, None] - i_C[None, :]).to(tl.float32)
+    left_CC = tl.where(ahead_CC >= 0, tl.exp(-slope * tl.maximum(ahead_CC, 0.0)), 0.0)       # of s at t, in every tile the same
+    cell_KU, keep_KU = col_K[:, None] * U + col_U[None, :], (col_K[:, None] < K) & (col_U[None, :] < U)
+    doc_ptr += row * (T + 2)                        # of the token before, of all tokens, of the last again
+    M_KU = tl.zeros([BLOCK_K, BLOCK_U], dtype=tl.float32)
+    if OUTPUT:                                      # the state at the start of the span, from what each span before it adds
+        M_KU += tl.load(start_ptr + head * K * U + cell_KU, mask=keep_KU, other=0.0).to(tl.float32)
+        for i in range(0, span):
+            kept = tl.exp(-slope * SPAN)
+            if DOCS:
+                before = tl.load(doc_ptr + (T + 1 - i * SPAN if REVERSE else i * SPAN))
+                final = tl.load(doc_ptr + (T + 1 - (i + 1) * SPAN if REVERSE else (i + 1) * SPAN))
+                kept = tl.where(final == before, kept, 0.0)
+            M_KU = M_KU * kept + tl.load(ends_ptr + (head * (spans - 1) + i) * K * U + cell_KU, mask=keep_KU, other=0.0)
+    for start in range(span * SPAN, tl.minimum(T, (span + 1) * SPAN), BLOCK_C):
+        n = tl.minimum(T - start, BLOCK_C)          # tokens of this tile
+        time_C = start + i_C
+        keep_C1, place_C = (time_C < T)[:, None], T - 1 - time_C if REVERSE else time_C
+        line_C1 = ((row * T + place_C) * H + h)[:, None]
+        b_CK = tl.load(b_ptr + line_C1 * K + col_K[None, :], mask=keep_C1 & (col_K[None, :] < K), other=0.0)
+        c_CU = tl.load(c_ptr + line_C1 * U + col_U[None, :], mask=keep_C1 & (col_U[None, :] < U), other=0.0)
+        share_CC = left_CC
+        old_C = tl.exp(-slope * (i_C + 1 - REVERSE).to(tl.float32))
+        new_C = tl.exp(-slope * tl.maximum(n - 1 - i_C + REVERSE, 0).to(tl.float32))         # to the last token, not to C
+        kept = tl.exp(-slope * n)
+        if DOCS:
+            doc_C = tl.load(doc_ptr + 1 + place_C, mask=time_C < T, other=0)
+            before = tl.load(doc_ptr + (T + 1 - start if REVERSE else start))
+            final = tl.load(doc_ptr + (T + 1 - start - n if REVERSE else start + n))
+            share_CC = tl.where(doc_C[:, None] == doc_C[None, :], left_CC, 0.0)
+            old_C, new_C = tl.where(doc_C == before, old_C, 0.0), tl.where(doc_C == final, new_C, 0.0)
+            kept = tl.where(final == before, kept, 0.0)
+        if OUTPUT:
+            a_CK = tl.load(a_ptr + line_C1 * K + col_K[None, :], mask=keep_C1 & (col_K[None, :] < K), other=0.0)
+            y_CU = _dot(a_CK, M_KU.to(a_CK.dtype)) * old_C[:, None]
+            y_CU += _dot((_dot(a_CK, tl.trans(b_CK)) * share_CC).to(c_CU.dtype), c_CU)
+            tl.store(y_ptr + line_C1 * U + col_U[None, :], y_CU, mask=keep_C1 & (col_U[None, :] < U))
+        M_KU = M_KU * kept + _dot(tl.trans((b_CK.to(tl.float32) * new_C[:, None]).to(c_CU.dtype)), c_CU)
+    if OUTPUT:
+        if span == spans - 1:
+            tl.store(last_ptr + head * K * U + cell_KU, M_KU, mask=keep_KU)
+    else:
+        tl.store(ends_ptr + (head * spans + span) * K * U + cell_KU, M_KU, mask=keep_KU)
+
+
+def span_length(T, programs, x):
+    """Tokens that one program walks: the whole row, where rows, heads and blocks give each processor two programs. Else the row
+    is cut, and a first sweep over b and c finds the state that each span adds: half as many bytes more, no idle processors."""
+    cuts = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count // programs if x.is_cuda else 1
+    return max(512, triton.cdiv(T, max(1, cuts)))
+
+
+def _sweep(a_BTHK, b_BTHK, c_BTHU, slope_H, state_BHKU, doc_BP, reverse, kind):
+    """y_t = a_t M_t with M_t = e^-slope M_{t-1} + b_t c_t^T from a given state, in either direction -> y, the last M."""
+    (B, T, H, K), U, BLOCK_K = a_BTHK.shape, c_BTHU.shape[-1], max(16, triton.next_power_of_2(a_BTHK.shape[-1]))
+    BLOCK_C, BLOCK_U = 64 if BLOCK_K <= 128 else 32, 16 if U <= 16 else 32 if U % 64 or BLOCK_K > 128 else 64
+    blocks = triton.cdiv(U, BLOCK_U)
+    SPAN = triton.cdiv(span_length(T, B * H * blocks, a_BTHK), BLOCK_C) * BLOCK_C
+    spans = triton.cdiv(T, SPAN)
+    y_BTHU, last_BHKU = torch.empty_like(c_BTHU, dtype=kind), torch.empty_like(state_BHKU)
+    ends_BHNKU = last_BHKU.new_empty(B, H, spans - 1, K, U)
+    for OUTPUT, n in ((False, spans - 1), (True, spans)):
+        if n:
+            _decayed_sweep[(blocks, n, B * H)](
+                a_BTHK, b_BTHK, c_BTHU, slope_H, slope_H if doc_BP is None else doc_BP, state_BHKU, ends_BHNKU, y_BTHU, last_BHKU,
+                T, H, K, U, SPAN, REVERSE=reverse, DOCS=doc_BP is not None, OUTPUT=OUTPUT, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K,
+                BLOCK_U=BLOCK_U, num_warps=8 if BLOCK_K >= 128 else 4, num_stages=2)
+    return y_BTHU, last_BHKU
+
+
+@torch.library.custom_op("flatlm::decayed_attention", mutates_args=())
+def _decayed_attention(q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHU: torch.Tensor, slope_H: torch.Tensor,
+                       state_BHKU: torch.Tensor, doc_BP: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """doc_BP: the document of the state, those of the T tokens, the last again. Triton only: decayed_attention sees to that."""
+    kind = state_BHKU.dtype if v_BTHU.dtype == torch.float16 else v_BTHU.dtype               # sums overflow float16
+    return _sweep(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BP, False, kind)
+
+
+@_decayed_attention.register_fake
+def _(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BP):
+    kind = state_BHKU.dtype if v_BTHU.dtype == torch.float16 else v_BTHU.dtype
+    return torch.empty_like(v_BTHU, dtype=kind), torch.empty_like(state_BHKU)
+
+
+@torch.library.custom_op("flatlm::decayed_attention_backward", mutates_args=())
+def _decayed_attention_backward(
+        dy_BTHU: torch.Tensor, dlast_BHKU: torch.Tensor, q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHU: torch.Tensor,
+        slope_H: torch.Tensor, state_BHKU: torch.Tensor, doc_BP: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq_t = M_t dy_t asks what was written with v, and k answers: the same sweep with the roles changed. dk and dv read the
+    adjoint state, e^-slope D_{t+1} + q_t dy_t^T, so for them it runs backward.                                    [LA2 alg 2]"""
+    dy_BTHU = dy_BTHU.to(v_BTHU.dtype).contiguous()
+    sweep = lambda a, b, c, state, reverse: _sweep(a, b, c, slope_H, state.contiguous(), doc_BP, reverse, q_BTHK.dtype)
+    dq_BTHK, _ = sweep(dy_BTHU, v_BTHU, k_BTHK, state_BHKU.mT, False)
+    dk_BTHK, _ = sweep(v_BTHU, dy_BTHU, q_BTHK, dlast_BHKU.mT, True)
+    dv_BTHU, dstate_BHKU = sweep(k_BTHK, q_BTHK, dy_BTHU, dlast_BHKU, True)
+    if doc_BP is not None:
+        dstate_BHKU *= (doc_BP[:, 0] == doc_BP[:, 1])[:, None, None, None]
+    return dq_BTHK, dk_BTHK, dv_BTHU, dstate_BHKU
+
+
+@_decayed_attention_backward.register_fake
+def _(dy_BTHU, dlast_BHKU, q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BP):
+    return torch.empty_like(q_BTHK), torch.empty_like(k_BTHK), torch.empty_like(v_BTHU), torch.empty_like(state_BHKU)
+
+
+def _decayed_attention_grad(ctx, dy_BTHU, dlast_BHKU):
+    dq_BTHK, dk_BTHK, dv_BTHU, dstate_BHKU = _decayed_attention_backward(dy_BTHU, dlast_BHKU, *ctx.saved_tensors)
+    return dq_BTHK, dk_BTHK, dv_BTHU, None, dstate_BHKU, None
+
+
+_decayed_attention.register_autograd(
+    _decayed_attention_grad, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def decayed_attention(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU=None, doc_BT=None, doc_before_B=None, tile=64):
+    """Linear attention with a fixed decay a head; the slopes are constants. Same signature and value as decayed_attention_ref,
+    which runs where Triton does not, for heads wider than 256, whose state fills the registers, and for float32, whose exact
+    products know no tensor cores: cuBLAS has better ones. The kernel's tile is its own."""
+    (B, T, H, K), U = q_BTHK.shape, v_BTHU.shape[-1]
+    if not takes_triton(q_BTHK) or max(K, U) > 256 or q_BTHK.element_size() > 2 and not INTERPRET:
+        return decayed_attention_ref(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BT, doc_before_B, tile)
+    if state_BHKU is None:
+        state_BHKU = torch.zeros(B, H, K, U, device=q_BTHK.device)
+    doc_BP = doc_BT
+    if doc_BT is not None:
+        begin = doc_BT[:, :1] if doc_before_B is None else doc_before_B[:, None]
+        doc_BP = torch.cat([begin, doc_BT, doc_BT[:, -1:]], 1).expand(B, -1).contiguous()
+    return _decayed_attention(*(x.contiguous() for x in (q_BTHK, k_BTHK, v_BTHU)), slope_H.float(), state_BHKU.contiguous(), doc_BP)
+
+
+def bench_linear(device, dtype, quick):
+    shapes = [(8, 1024, 12, 64, 0), (8, 2048, 16, 128, 0), (2, 16384, 16, 128, 0), (1, 65536, 16, 128, 0), (2, 16384, 16, 128, 1000)]
+    peers = {}
+    if device == "cuda":
+        try:
+            from fla.ops.retention import chunk_retention
+            from fla.ops.simple_gla import chunk_simple_gla
+            peers = {"fla simple_gla": lambda q, k, v, slope, *_: chunk_simple_gla(q, k, v, g_gamma=-slope, scale=1.0)[0],
+                     "fla retention": lambda q, k, v, *_: chunk_retention(q, k, v, scale=1.0)[0]}            # slopes of its own
+        except ImportError:
+            print("fla is not installed: no peer")
+    for B, T, H, K, length in shapes[1::2] if quick else shapes:
+        B, T, H, K = (B, T, H, K) if device == "cuda" else (1, 128, 2, 32)
+        torch.manual_seed(0)
+        leaves = [torch.randn(B, T, H, K, device=device, dtype=dtype) for _ in range(3)]
+        slope_H = torch.exp2(-8 / H * torch.arange(1, H + 1, device=device))                 # those of the first Lightning layer
+        doc_BT = (torch.arange(T, device=device) // length).expand(B, T) if length else None
+        size, flops = B * T * H * K * leaves[0].element_size(), 4 * B * T * H * K * (64 + K)
+        yield Case("decayed_attention", f"{B}x{T}x{H}x{K}" + " docs" * bool(length), lambda *a: decayed_attention(*a)[0],
+                   lambda *a: decayed_attention_ref(*a)[0], {} if length else peers, leaves, (slope_H, None, doc_BT),
+                   (flops, 3 * flops), (4 * size, 7 * size))
+
+
 # ---- Start-up (what should a run that compiles nothing not wait for?) ----
 
 def skip_dynamo():
