@@ -6,7 +6,8 @@ reference with the same signature, which is its definition and its test; without
 
     rmsnorm               y_i = x_i w_i / sqrt(mean_j x_j^2 + eps)            x is read once, one float a row is kept  [RMS eq 4]
     linear_cross_entropy  sum_m weight_m (log sum_v exp(l_mv) - l_m,target)   with l = x w^T, and l never stored:
-                          d/dl_mv = weight_m (softmax(l)_mv - [v = target])   a chunk of rows at a time, gradient included
+                          d/dl_mv = weight_m (softmax(l)_mv - [v = target])   a chunk of rows at a time, gradient included;
+                          also of capped logits, smoothed targets, and with the z-loss (log sum_v exp(l_mv))^2
 
 Every op is a torch.library custom op with a fake and an autograd formula, so that eager mode, torch.compile(fullgraph)
 and Triton's interpreter (TRITON_INTERPRET=1, which needs no GPU) all run it.
@@ -16,12 +17,14 @@ Shapes:      M rows (B T flattened), D n_embd, V vocab
 References:
     [RMS]    Root Mean Square Layer Normalization, arXiv:1910.07467
     [Liger]  Liger Kernel: Efficient Triton Kernels for LLM Training, arXiv:2410.10989
+    [Inception] Rethinking the Inception Architecture, 1512.00567; [PaLM] 2204.02311; [Gem2] Gemma 2, 2408.00118
 Run me:      python kernels.py             (errors of every op against float64)
              python kernels.py --bench     (times beside PyTorch's own, on this device)
 """
 import inspect
 import os
 import time
+from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +86,9 @@ def to_autocast(x):
     """x in autocast's type where that is on: one cast here instead of one in each product that reads x."""
     on = torch.is_autocast_enabled(x.device.type)
     return x.to(torch.get_autocast_dtype(x.device.type)) if on and x.dtype == torch.float32 else x
+
+
+Case = namedtuple("Case", "name shape ours ref peers leaves rest flops bytes")
 
 
 # ---- rmsnorm (scale a row to unit root mean square) ----
@@ -196,107 +202,271 @@ def rmsnorm(x, w_D, eps=1e-6):
 
 # ---- linear_cross_entropy (the head and its loss, without the logits) ----
 
-def linear_cross_entropy_ref(x_MD, w_VD, targets_M, weights_M):
-    """sum_m weights_m * -log softmax(x_m w^T)[targets_m] over all rows at once, a scalar in float32 or wider."""
-    logits_MV = (x_MD @ w_VD.to(x_MD.dtype).T).to(torch.promote_types(x_MD.dtype, torch.float32))
-    return (F.cross_entropy(logits_MV, targets_M, reduction="none") * weights_M).sum()
+def linear_cross_entropy_ref(x_MD, w_VD, targets_M, weights_M, bias_V=None, softcap=0.0, z_alpha=0.0, smoothing=0.0,
+                             return_nll=False):
+    """sum_m weights_m loss_m over all rows at once, a scalar in float32 or wider; a row whose target is negative counts nothing.
+    return_nll: also -log softmax(l_m)[targets_m] of every row [M], which no weight, smoothing or z-loss has touched, detached."""
+    wide = torch.promote_types(x_MD.dtype, torch.float32)
+    l_MV = F.linear(x_MD, w_VD.to(x_MD.dtype), None if bias_V is None else bias_V.to(x_MD.dtype)).to(wide)
+    if softcap:
+        l_MV = softcap * torch.tanh(l_MV / softcap)                                                      # [Gem2 sec 2]
+    counted_M = targets_M >= 0
+    target_M = targets_M.long().where(counted_M, -100)           # where F.cross_entropy gives 0
+    loss_M = nll_M = F.cross_entropy(l_MV, target_M, reduction="none")
+    if smoothing:                                                # the target is a mixture of the token and of any token
+        loss_M = F.cross_entropy(l_MV, target_M, reduction="none", label_smoothing=smoothing)       # [Inception sec 7]
+    if z_alpha:                                                  # keeps log Z near 0, so that logits do not drift
+        loss_M = loss_M + z_alpha * l_MV.logsumexp(1).square().where(counted_M, 0)                      # [PaLM sec 5]
+    loss = (loss_M * weights_M.to(wide)).sum()
+    return (loss, nll_M.detach()) if return_nll else loss
 
 
 @jit
-def _cross_entropy_rows(logit_ptr, target_ptr, nll_ptr, V, stride, GRAD: tl.constexpr, BLOCK_V: tl.constexpr):
+def _cross_entropy_rows(logit_ptr, target_ptr, weight_ptr, nll_ptr, loss_ptr, V, stride, softcap, z_alpha, smoothing,
+                        CAP: tl.constexpr, SMOOTH: tl.constexpr, GRAD: tl.constexpr, BLOCK_V: tl.constexpr):
     # grid (rows of the chunk,): the first sweep finds max and sum of exp together (rescaling the sum whenever the max
     # grows), the second overwrites the logits by their gradient; a row of a small vocabulary stays in cache between them
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + row)
+    row = tl.program_id(0).to(tl.int64)             # rows times V passes 2^31
+    target = tl.load(target_ptr + row).to(tl.int64)
+    counted = target >= 0
+    width = tl.where(counted, V, 0)                 # a row that does not count is not read
     row_ptr = logit_ptr + row * stride
     high = tl.full([], -float("inf"), tl.float32)
+    base = tl.full([], 0.0, tl.float32)             # high, or 0 while nothing but -inf was seen: -inf - -inf is no number
     total = tl.full([], 0.0, tl.float32)
-    for start in range(0, V, BLOCK_V):
+    summed = tl.full([], 0.0, tl.float32)
+    for start in range(0, width, BLOCK_V):
         col_V = start + tl.arange(0, BLOCK_V)
         l_V = tl.load(row_ptr + col_V, mask=col_V < V, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(high, tl.max(l_V, 0))
-        total = total * tl.exp(high - higher) + tl.sum(tl.exp(l_V - higher), 0)
-        high = higher
-    lse = high + tl.log(total)
-    tl.store(nll_ptr + row, lse - tl.load(row_ptr + target).to(tl.float32))
+        if CAP:
+            l_V = tl.where(col_V < V, softcap * (2 * tl.sigmoid(2 * l_V / softcap) - 1), -float("inf"))
+        if SMOOTH:
+            summed += tl.sum(tl.where(col_V < V, l_V, 0.0), 0)
+        high = tl.maximum(high, tl.max(l_V, 0))
+        higher = tl.where(high == -float("inf"), 0.0, high)
+        total = total * tl.exp(base - higher) + tl.sum(tl.exp(l_V - higher), 0)
+        base = higher
+    lse = base + tl.log(total)
+    # an id beyond V reads nothing and makes the loss nan, which training refuses
+    l_target = tl.load(row_ptr + target, mask=counted & (target < V), other=float("nan")).to(tl.float32)
+    if CAP:
+        l_target = softcap * (2 * tl.sigmoid(2 * l_target / softcap) - 1)
+    nll = lse - l_target
+    loss = nll + z_alpha * lse * lse
+    if SMOOTH:
+        loss += smoothing * (l_target - summed / V)
+    tl.store(nll_ptr + row, tl.where(counted, nll, 0.0))
+    tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
     if GRAD:
+        weight = tl.load(weight_ptr + row).to(tl.float32)
         for start in range(0, V, BLOCK_V):
             col_V = start + tl.arange(0, BLOCK_V)
-            l_V = tl.load(row_ptr + col_V, mask=col_V < V, other=-float("inf")).to(tl.float32)
-            d_V = tl.exp(l_V - lse) - tl.where(col_V == target, 1.0, 0.0)
-            tl.store(row_ptr + col_V, d_V, mask=col_V < V)
+            l_V = tl.load(row_ptr + col_V, mask=col_V < width, other=-float("inf")).to(tl.float32)
+            if CAP:
+                t_V = 2 * tl.sigmoid(2 * l_V / softcap) - 1
+                l_V = softcap * t_V
+            d_V = tl.exp(l_V - lse) * (1 + 2 * z_alpha * lse) - tl.where(col_V == target, 1 - smoothing, 0.0)
+            if SMOOTH:
+                d_V -= smoothing / V
+            if CAP:
+                d_V *= 1 - t_V * t_V
+            tl.store(row_ptr + col_V, tl.where(counted, d_V * weight, 0.0), mask=col_V < V)
 
 
-def _cross_entropy_chunk(logits_CV, targets_C, grad):
-    """nll of each row; with `grad` the logits are overwritten by softmax - onehot. Triton on a GPU, torch elsewhere."""
-    if takes_triton(logits_CV):
-        nll_C = torch.empty(len(logits_CV), device=logits_CV.device, dtype=torch.float32)
-        _cross_entropy_rows[(len(logits_CV),)](logits_CV, targets_C, nll_C, logits_CV.shape[1], logits_CV.stride(0), GRAD=grad,
-                                               BLOCK_V=min(4096, triton.next_power_of_2(logits_CV.shape[1])))
-        return nll_C
-    target_C1 = targets_C[:, None]
-    logp_CV = torch.log_softmax(logits_CV, 1, dtype=torch.promote_types(logits_CV.dtype, torch.float32))
-    nll_C = -logp_CV.gather(1, target_C1).squeeze(1)
-    if grad:
-        p_CV = logp_CV.exp_()
-        logits_CV.copy_(p_CV.scatter_add_(1, target_C1, p_CV.new_full(target_C1.shape, -1.0)))
-    return nll_C
+def _cross_entropy_torch(logits_CV, targets_C, weights_C, softcap, z_alpha, smoothing, grad):
+    """The kernel above in torch's ops: a few rows at a time, so that what is wide stays in cache."""
+    C, V = logits_CV.shape
+    nll_C, loss_C = weights_C.new_empty(2, C)
+    rows = max(1, (64 << 20 if logits_CV.is_cuda else 512 << 10) // (V * weights_C.element_size()))
+    for here in (slice(start, start + rows) for start in range(0, C, rows)):
+        l_RV, counted_R1 = logits_CV[here].to(weights_C.dtype), targets_C[here, None] >= 0
+        target_R1 = targets_C[here, None].clamp(min=0)
+        if softcap:
+            l_RV = l_RV.div(softcap).tanh_().mul_(softcap)
+        high_R1 = l_RV.amax(1, keepdim=True).clamp_(min=torch.finfo(l_RV.dtype).min)         # a row of -inf stays a row of -inf
+        at_target_R1, mean_R1 = l_RV.gather(1, target_R1), l_RV.mean(1, keepdim=True) if smoothing else 0
+        p_RV = (l_RV - high_R1 if softcap else l_RV.sub_(high_R1)).exp_()        # the cap's slope needs l again
+        total_R1 = p_RV.sum(1, keepdim=True)
+        lse_R1 = high_R1 + total_R1.log()
+        loss_R1 = nll_R1 = lse_R1 - at_target_R1
+        if smoothing or z_alpha:
+            loss_R1 = nll_R1 + smoothing * (at_target_R1 - mean_R1) + z_alpha * lse_R1.square()
+        nll_C[here, None], loss_C[here, None] = nll_R1.where(counted_R1, 0), loss_R1.where(counted_R1, 0)
+        if grad:
+            weight_R1 = weights_C[here, None].where(counted_R1, 0)
+            d_RV = p_RV.mul_((weight_R1 * (1 + 2 * z_alpha * lse_R1) / total_R1).where(counted_R1, 0))
+            d_RV.scatter_add_(1, target_R1, (smoothing - 1) * weight_R1)
+            if smoothing:
+                d_RV.sub_(weight_R1 * (smoothing / V))
+            if softcap:
+                d_RV.mul_(1 - (l_RV / softcap).square_())
+            if softcap or d_RV.dtype != logits_CV.dtype:         # else it stands there already
+                logits_CV[here] = d_RV
+    return nll_C, loss_C
+
+
+def _cross_entropy_chunk(logits_CV, targets_C, weights_C, softcap, z_alpha, smoothing, grad):
+    """(nll, loss) of each row; with `grad` the logits are overwritten by d weights loss / d logits."""
+    if not takes_triton(logits_CV):
+        return _cross_entropy_torch(logits_CV, targets_C, weights_C, softcap, z_alpha, smoothing, grad)
+    C, V = logits_CV.shape
+    nll_C, loss_C = torch.empty(2, C, device=logits_CV.device, dtype=torch.float32)
+    _cross_entropy_rows[(C,)](logits_CV, targets_C, weights_C, nll_C, loss_C, V, logits_CV.stride(0), softcap, z_alpha, smoothing,
+                              CAP=softcap != 0, SMOOTH=smoothing != 0, GRAD=grad,
+                              BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
+    return nll_C, loss_C
 
 
 def chunk_rows(x_MD, V):
-    """Rows whose logits fill the buffer: 256 MB on a GPU (large products), 4 MB on a CPU (stays in cache).   [Liger sec 3.2]"""
-    rows = (256 << 20 if x_MD.is_cuda else 4 << 20) // (V * x_MD.element_size())
-    return max(128, rows)
+    """Rows whose logits fill the buffer: 256 MB on a GPU and at least 4096 (large products), on a CPU 14 MB, which stay in cache
+    with the 2 MB that are worked on, and at least 128.                                                  [Liger sec 3.2]"""
+    least, size = (4096, 256 << 20) if x_MD.is_cuda else (128, 14 << 20)
+    return max(least, size // (V * x_MD.element_size()))
+
+
+def few_logits(x_MD, w_VD):
+    """On a CPU: logits that fit into cache with their gradients (16 MB) are cheaper stored than recomputed in pieces."""
+    return not takes_triton(x_MD) and not x_MD.is_cuda and len(x_MD) * len(w_VD) <= 1 << 20
+
+
+def _logit_buffer(x_MD, rows, V):
+    """[rows, V] for logits; on a GPU rows begin at multiples of 128 bytes, as fast products want."""
+    return x_MD.new_empty(rows, V + -V % 64 * x_MD.is_cuda)[:, :V]
+
+
+def _empty_grads(x_MD, w_VD, x_grad, w_grad, b_grad):
+    """(dx, dw, db) to write to and to add to, the latter in float32 or wider. No suffix: empty where no gradient is wanted."""
+    wide, V = torch.promote_types(x_MD.dtype, torch.float32), len(w_VD)
+    dw = torch.zeros_like(w_VD, dtype=wide) if w_grad else x_MD.new_empty(0, dtype=wide)
+    return x_MD.new_empty(len(x_MD) * x_grad, x_MD.shape[1]), dw, x_MD.new_zeros(V * b_grad, dtype=wide)
+
+
+def _add_grads(d_CV, x_CD, head_VD, dx, dw, db):
+    """dx = d w; dw += d^T x; db += sum of d. Where dw is of a wider type than d, it grows by a slice of the vocabulary at a
+    time, so that the product stays small."""
+    if len(dx):
+        torch.mm(d_CV, head_VD, out=dx)
+    if len(db):
+        db += d_CV.sum(0, dtype=db.dtype)
+    if len(dw) and dw.dtype == d_CV.dtype:
+        dw.addmm_(d_CV.T, x_CD)
+    elif len(dw):
+        size = max(64, (64 << 20 if x_CD.is_cuda else 1 << 20) // (x_CD.shape[1] * x_CD.element_size()) // 64 * 64)
+        for start in range(0, len(dw), size):
+            dw[start:start + size] += d_CV[:, start:start + size].T @ x_CD
 
 
 @torch.library.custom_op("flatlm::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(x_MD: torch.Tensor, w_VD: torch.Tensor, targets_M: torch.Tensor, weights_M: torch.Tensor,
-                          grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> loss sum, d loss / d x, d loss / d w (both empty without `grad`)."""
+                          bias_V: torch.Tensor | None, softcap: float, z_alpha: float, smoothing: float, x_grad: bool, w_grad: bool,
+                          b_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+                                                 torch.Tensor]:
+    """-> loss sum; nll and loss of each row; its gradients by x, w and bias, after those by the logits, which stand there instead
+    where one chunk holds all rows. Empty where they are not wanted."""
+    M, V, wide, grad = len(x_MD), len(w_VD), torch.promote_types(x_MD.dtype, torch.float32), x_grad or w_grad or b_grad
+    nll_M, loss_M = x_MD.new_empty(M, dtype=wide), x_MD.new_empty(M, dtype=wide)
+    weights_M, targets_M = weights_M.to(wide).contiguous(), targets_M.long().contiguous()
+    most = chunk_rows(x_MD, V)
+    one, rows = 0 < M <= most, -(-M // max(1, -(-M // most)))    # equal chunks
+    buffer = _logit_buffer(x_MD, rows, V)                        # of all of them
+    grads = _empty_grads(x_MD, w_VD, *((on and not one) for on in (x_grad, w_grad, b_grad)))
     with no_autocast(x_MD):
-        wide = torch.promote_types(x_MD.dtype, torch.float32)
-        weight_VD = w_VD.to(x_MD.dtype)
-        loss = x_MD.new_zeros((), dtype=wide)
-        dx_MD = torch.empty_like(x_MD) if grad else x_MD.new_empty(0)
-        dw_VD = torch.zeros_like(w_VD, dtype=wide) if grad else x_MD.new_empty(0)
-        rows = chunk_rows(x_MD, len(w_VD))
-        for start in range(0, len(x_MD), rows):
-            here = slice(start, start + rows)
-            logits_CV = x_MD[here] @ weight_VD.T
-            loss += (_cross_entropy_chunk(logits_CV, targets_M[here], grad) * weights_M[here]).sum()
-            if grad:                 # the chunk now holds softmax - onehot; the row weights go onto the narrow factors
-                weights_C1 = weights_M[here, None].to(x_MD.dtype)
-                torch.mm(logits_CV, weight_VD, out=dx_MD[here])
-                dx_MD[here] *= weights_C1
-                dw_VD += logits_CV.T @ (x_MD[here] * weights_C1)
-    return loss, dx_MD, dw_VD.to(w_VD.dtype)
+        head_VD, bias = w_VD.to(x_MD.dtype), None if bias_V is None else bias_V.to(x_MD.dtype)
+        for here in (slice(start, start + rows) for start in range(0, M, max(1, rows))):
+            x_CD, l_CV = x_MD[here], buffer[:len(x_MD[here])]
+            torch.mm(x_CD, head_VD.T, out=l_CV) if bias is None else torch.addmm(bias, x_CD, head_VD.T, out=l_CV)
+            nll_M[here], loss_M[here] = _cross_entropy_chunk(l_CV, targets_M[here], weights_M[here], softcap, z_alpha, smoothing,
+                                                             grad)
+            _add_grads(l_CV, x_CD, head_VD, grads[0][here], *grads[1:])          # l now holds its own gradient
+    kinds = w_VD.dtype, wide if bias_V is None else bias_V.dtype
+    kept = buffer if one and grad else x_MD.new_empty(0, V)
+    return (loss_M * weights_M).sum(), nll_M, loss_M, kept, grads[0], *(g.to(kind) for g, kind in zip(grads[1:], kinds))
 
 
 @_linear_cross_entropy.register_fake
-def _(x_MD, w_VD, targets_M, weights_M, grad):
-    empty = lambda like: torch.empty_like(like) if grad else like.new_empty(0)
-    return x_MD.new_empty((), dtype=torch.promote_types(x_MD.dtype, torch.float32)), empty(x_MD), empty(w_VD)
+def _(x_MD, w_VD, targets_M, weights_M, bias_V, softcap, z_alpha, smoothing, x_grad, w_grad, b_grad):
+    M, V, one = len(x_MD), len(w_VD), 0 < len(x_MD) <= chunk_rows(x_MD, len(w_VD))
+    dx, dw, db = _empty_grads(x_MD, w_VD, *((on and not one) for on in (x_grad, w_grad, b_grad)))
+    kept = _logit_buffer(x_MD, M, V) if one and (x_grad or w_grad or b_grad) else x_MD.new_empty(0, V)
+    row = lambda *shape: x_MD.new_empty(shape, dtype=db.dtype)
+    return row(), row(M), row(M), kept, dx, dw.to(w_VD.dtype), db if bias_V is None else db.to(bias_V.dtype)
+
+
+@torch.library.custom_op("flatlm::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(d_MV: torch.Tensor, x_MD: torch.Tensor, w_VD: torch.Tensor, x_grad: bool, w_grad: bool,
+                                   b_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The products of one chunk that was kept -> dx, dw, db."""
+    dx, dw, db = _empty_grads(x_MD, w_VD, x_grad, w_grad, b_grad)
+    with no_autocast(x_MD):
+        _add_grads(d_MV, x_MD, w_VD.to(x_MD.dtype), dx, dw, db)
+    return dx, dw.to(w_VD.dtype), db
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(d_MV, x_MD, w_VD, x_grad, w_grad, b_grad):
+    dx, dw, db = _empty_grads(x_MD, w_VD, x_grad, w_grad, b_grad)
+    return dx, dw.to(w_VD.dtype), db
 
 
 def _linear_cross_entropy_save(ctx, inputs, output):
-    ctx.save_for_backward(output[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)                             # else zeros as large as these outputs
+    ctx.save_for_backward(*output[2:], *(inputs[:2] if len(output[3]) else ()))
+    ctx.weights_kind, ctx.bias_kind = inputs[3].dtype, inputs[4] if inputs[4] is None else inputs[4].dtype
 
 
 def _linear_cross_entropy_grad(ctx, dloss, *_):
-    dx_MD, dw_VD = ctx.saved_tensors                             # computed in forward for dloss = 1, scaled here
-    return dx_MD * dloss.to(dx_MD.dtype), dw_VD * dloss.to(dw_VD.dtype), None, None, None
+    """What forward computed for dloss = 1, scaled: in place, since it may be as large as the head, unless the graph is kept for
+    another backward or is being traced."""
+    loss_M, kept, *grads = ctx.saved_tensors
+    keep = torch._C._autograd._get_current_graph_task_keep_graph() or type(dloss) is not torch.Tensor
+    factor = dloss.view(1) if dloss.is_cuda else dloss          # on a GPU a scalar would be rounded to bfloat16 first
+    scaled = lambda g: (g.clone() if keep else g).mul_(factor)
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+    if len(kept):
+        grads = _linear_cross_entropy_backward(scaled(kept), *grads[3:], *needs)
+        grads = *grads[:2], grads[2].to(ctx.bias_kind) if needs[2] else None
+    else:
+        grads = [scaled(g) if need else None for g, need in zip(grads, needs)]
+    dx, dw, db = (g if need else None for g, need in zip(grads, needs))
+    dweights_M = (loss_M * dloss).to(ctx.weights_kind) if ctx.needs_input_grad[3] else None
+    return dx, dw, None, dweights_M, db, *[None] * 6
 
 
 _linear_cross_entropy.register_autograd(_linear_cross_entropy_grad, setup_context=_linear_cross_entropy_save)
 
 
-def linear_cross_entropy(x_MD, w_VD, targets_M, weights_M):
-    """Weighted sum of next-token losses from hidden states [M, D] and the head [V, D]: a scalar. The logits exist only
-    a chunk at a time; their gradient is taken while they are there, so backward is one multiplication.
-    Same signature and value as linear_cross_entropy_ref."""
+def linear_cross_entropy(x_MD, w_VD, targets_M, weights_M, bias_V=None, softcap=0.0, z_alpha=0.0, smoothing=0.0, return_nll=False):
+    """Weighted sum of next-token losses from hidden states [M, D] and the head [V, D]: a scalar, and with return_nll also the plain
+    nll of every row. The logits exist only a chunk at a time; their gradient is taken while they are there, so backward is one
+    multiplication (or, where one chunk holds all rows, the two products). Same signature and value as linear_cross_entropy_ref."""
     x_MD = to_autocast(x_MD)
-    grad = torch.is_grad_enabled() and (x_MD.requires_grad or w_VD.requires_grad)
-    return _linear_cross_entropy(x_MD.contiguous(), w_VD, targets_M, weights_M, grad)[0]
+    if few_logits(x_MD, w_VD):
+        return linear_cross_entropy_ref(x_MD, w_VD, targets_M, weights_M, bias_V, softcap, z_alpha, smoothing, return_nll)
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x_MD, w_VD, bias_V)]
+    loss, nll_M, *_ = _linear_cross_entropy(x_MD.contiguous(), w_VD, targets_M, weights_M, bias_V, float(softcap), float(z_alpha),
+                                            float(smoothing), *wanted)
+    return (loss, nll_M) if return_nll else loss
+
+
+def bench_linear_cross_entropy(device, dtype, quick):
+    """The gradient is taken in forward, so only the sum of the two passes compares with others."""
+    def plain(x_MD, w_VD, targets_M, weights_M):
+        return (F.cross_entropy(F.linear(x_MD, w_VD.to(x_MD.dtype)).float(), targets_M, reduction="none") * weights_M).sum()
+
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+    except ImportError:
+        liger = None
+    peers = {"F.cross_entropy": plain}
+    if liger and device == "cuda":
+        peers["liger"] = lambda x_MD, w_VD, targets_M, _: liger(x_MD, w_VD.to(x_MD.dtype), targets_M, reduction="sum")
+    small, large = [(512, 128, 65), (512, 128, 4096)], [(16384, 768, 50304), (16384, 2048, 50304), (8192, 4096, 131072)]
+    for M, D, V in large[:1 if quick else 3] if device == "cuda" else small:
+        x_MD, w_VD = torch.randn(M, D, device=device, dtype=dtype), torch.randn(V, D, device=device) / D**0.5
+        rest, size = (torch.randint(V, (M,), device=device), torch.ones(M, device=device)), x_MD.element_size()
+        yield Case("linear_ce", f"{M}x{D}x{V}", linear_cross_entropy, linear_cross_entropy_ref, peers, (x_MD, w_VD), rest,
+                   (2 * M * D * V, 4 * M * D * V), (size * (M + V) * D, size * (M + V) * D * 2))
 
 
 # ---- Start-up (what should a run that compiles nothing not wait for?) ----
@@ -308,7 +478,7 @@ def skip_dynamo():
     torch.optim.AdamW.step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     optimizer = torch.optim.Optimizer
     told = [optimizer.add_param_group, optimizer.zero_grad, optimizer.state_dict, optimizer.load_state_dict]
-    for op in (_rmsnorm, _rmsnorm_backward, _linear_cross_entropy):
+    for op in (_rmsnorm, _rmsnorm_backward, _linear_cross_entropy, _linear_cross_entropy_backward):
         told += op._backend_fns.values()
     for function in told:
         if wrapped := getattr(function, "__wrapped__", None):
