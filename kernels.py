@@ -9,7 +9,8 @@ reference with the same signature, which is its definition and its test; without
     qk_norm_rope          y = (x_i w_i / rms(x)) turned by the token's angle  all heads of q and k in one launch     [RoPE eq 34]
     gated                 y = act(gate) up                                    act(gate) is not kept but made again     [GLU eq 6]
     linear_cross_entropy  sum_m weight_m (log sum_v exp(l_mv) - l_m,target)   with l = x w^T, and l never stored:
-                          d/dl_mv = weight_m (softmax(l)_mv - [v = target])   a chunk of rows at a time, gradient included
+                          d/dl_mv = weight_m (softmax(l)_mv - [v = target])   a chunk of rows at a time, gradient included;
+                          also of capped logits, smoothed targets, and with the z-loss (log sum_v exp(l_mv))^2
     decayed_attention     y_t = q_t M_t,  M_t = e^-slope M_{t-1} + k_t v_t^T  M never leaves the registers           [LA2 alg 1]
     moe_mlp               y_m = sum_a gate_ma MLP_{expert_ma}(x_m)            rows fetched by index, never copied in order
     adamw_                w <- round up with probability (x - below) / (above - below): bfloat16 weights learn        [SR]
@@ -19,18 +20,16 @@ reference with the same signature, which is its definition and its test; without
 Every op is a torch.library custom op with a fake and an autograd formula, so that eager mode, torch.compile(fullgraph)
 and Triton's interpreter (TRITON_INTERPRET=1, which needs no GPU) all run it.
 
-Contents:    dispatch | rmsnorm | qk_norm_rope | gated | linear_cross_entropy | moe_mlp | adamw_ | newton_schulz | fp8_matmul |
-             start-up | demo and bench
+Contents:    dispatch | rmsnorm | qk_norm_rope | gated | linear_cross_entropy | decayed_attention | moe_mlp | adamw_ |
+             newton_schulz | fp8_matmul | start-up | demo and bench
 Shapes:      M rows (B T flattened), D n_embd, V vocab (in moe_mlp visits, M A), B batch, T tokens, H query heads, G key heads,
-             K head dim, P rotary dim, J pairs of channels, F ffn hidden or outputs, E experts, A active experts, L matrices,
-             R C short and long side of one, I J tiles of 128
-Contents:    dispatch | rmsnorm | linear_cross_entropy | decayed_attention | start-up | demo and bench
-Shapes:      M rows (B T flattened), D n_embd, V vocab, B batch, T tokens, H heads, K query/key head dim, U value head dim, C tile,
-             N tiles
+             K head dim, U value head dim, P rotary dim, J pairs of channels, C N tile and tiles, F ffn hidden or outputs,
+             E experts, A active experts, L matrices, R C short and long side of one, I J tiles of 128
 References:
     [RMS]    Root Mean Square Layer Normalization, arXiv:1910.07467
     [LA2]    Lightning Attention-2, arXiv:2401.04658
     [Liger]  Liger Kernel: Efficient Triton Kernels for LLM Training, arXiv:2410.10989
+    [Inception] Rethinking the Inception Architecture, 1512.00567; [PaLM] 2204.02311; [Gem2] Gemma 2, 2408.00118
     [RoPE]   RoFormer, arXiv:2104.09864
     [GLU]    GLU Variants Improve Transformer, arXiv:2002.05202
     [AdamW]  Decoupled Weight Decay Regularization, arXiv:1711.05101
@@ -641,107 +640,475 @@ def bench_rows(device, dtype, quick):
             yield Case(name, shape, ours, ref, peers, leaves, rest, (0, 0), (forward * size, back * size))
 # ---- linear_cross_entropy (the head and its loss, without the logits) ----
 
-def linear_cross_entropy_ref(x_MD, w_VD, targets_M, weights_M):
-    """sum_m weights_m * -log softmax(x_m w^T)[targets_m] over all rows at once, a scalar in float32 or wider."""
-    logits_MV = (x_MD @ w_VD.to(x_MD.dtype).T).to(torch.promote_types(x_MD.dtype, torch.float32))
-    return (F.cross_entropy(logits_MV, targets_M, reduction="none") * weights_M).sum()
+def linear_cross_entropy_ref(x_MD, w_VD, targets_M, weights_M, bias_V=None, softcap=0.0, z_alpha=0.0, smoothing=0.0,
+                             return_nll=False):
+    """sum_m weights_m loss_m over all rows at once, a scalar in float32 or wider; a row whose target is negative counts nothing.
+    return_nll: also -log softmax(l_m)[targets_m] of every row [M], which no weight, smoothing or z-loss has touched, detached."""
+    wide = torch.promote_types(x_MD.dtype, torch.float32)
+    l_MV = F.linear(x_MD, w_VD.to(x_MD.dtype), None if bias_V is None else bias_V.to(x_MD.dtype)).to(wide)
+    if softcap:
+        l_MV = softcap * torch.tanh(l_MV / softcap)                                                      # [Gem2 sec 2]
+    counted_M = targets_M >= 0
+    target_M = targets_M.long().where(counted_M, -100)           # where F.cross_entropy gives 0
+    loss_M = nll_M = F.cross_entropy(l_MV, target_M, reduction="none")
+    if smoothing:                                                # the target is a mixture of the token and of any token
+        loss_M = F.cross_entropy(l_MV, target_M, reduction="none", label_smoothing=smoothing)       # [Inception sec 7]
+    if z_alpha:                                                  # keeps log Z near 0, so that logits do not drift
+        loss_M = loss_M + z_alpha * l_MV.logsumexp(1).square().where(counted_M, 0)                      # [PaLM sec 5]
+    loss = (loss_M * weights_M.to(wide)).sum()
+    return (loss, nll_M.detach()) if return_nll else loss
 
 
 @jit
-def _cross_entropy_rows(logit_ptr, target_ptr, nll_ptr, V, stride, GRAD: tl.constexpr, BLOCK_V: tl.constexpr):
+def _cross_entropy_rows(logit_ptr, target_ptr, weight_ptr, nll_ptr, loss_ptr, V, stride, softcap, z_alpha, smoothing,
+                        CAP: tl.constexpr, SMOOTH: tl.constexpr, GRAD: tl.constexpr, BLOCK_V: tl.constexpr):
     # grid (rows of the chunk,): the first sweep finds max and sum of exp together (rescaling the sum whenever the max
     # grows), the second overwrites the logits by their gradient; a row of a small vocabulary stays in cache between them
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + row)
+    row = tl.program_id(0).to(tl.int64)             # rows times V passes 2^31
+    target = tl.load(target_ptr + row).to(tl.int64)
+    counted = target >= 0
+    width = tl.where(counted, V, 0)                 # a row that does not count is not read
     row_ptr = logit_ptr + row * stride
     high = tl.full([], -float("inf"), tl.float32)
+    base = tl.full([], 0.0, tl.float32)             # high, or 0 while nothing but -inf was seen: -inf - -inf is no number
     total = tl.full([], 0.0, tl.float32)
-    for start in range(0, V, BLOCK_V):
+    summed = tl.full([], 0.0, tl.float32)
+    for start in range(0, width, BLOCK_V):
         col_V = start + tl.arange(0, BLOCK_V)
         l_V = tl.load(row_ptr + col_V, mask=col_V < V, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(high, tl.max(l_V, 0))
-        total = total * tl.exp(high - higher) + tl.sum(tl.exp(l_V - higher), 0)
-        high = higher
-    lse = high + tl.log(total)
-    tl.store(nll_ptr + row, lse - tl.load(row_ptr + target).to(tl.float32))
+        if CAP:
+            l_V = tl.where(col_V < V, softcap * (2 * tl.sigmoid(2 * l_V / softcap) - 1), -float("inf"))
+        if SMOOTH:
+            summed += tl.sum(tl.where(col_V < V, l_V, 0.0), 0)
+        high = tl.maximum(high, tl.max(l_V, 0))
+        higher = tl.where(high == -float("inf"), 0.0, high)
+        total = total * tl.exp(base - higher) + tl.sum(tl.exp(l_V - higher), 0)
+        base = higher
+    lse = base + tl.log(total)
+    # an id beyond V reads nothing and makes the loss nan, which training refuses
+    l_target = tl.load(row_ptr + target, mask=counted & (target < V), other=float("nan")).to(tl.float32)
+    if CAP:
+        l_target = softcap * (2 * tl.sigmoid(2 * l_target / softcap) - 1)
+    nll = lse - l_target
+    loss = nll + z_alpha * lse * lse
+    if SMOOTH:
+        loss += smoothing * (l_target - summed / V)
+    tl.store(nll_ptr + row, tl.where(counted, nll, 0.0))
+    tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
     if GRAD:
+        weight = tl.load(weight_ptr + row).to(tl.float32)
         for start in range(0, V, BLOCK_V):
             col_V = start + tl.arange(0, BLOCK_V)
-            l_V = tl.load(row_ptr + col_V, mask=col_V < V, other=-float("inf")).to(tl.float32)
-            d_V = tl.exp(l_V - lse) - tl.where(col_V == target, 1.0, 0.0)
-            tl.store(row_ptr + col_V, d_V, mask=col_V < V)
+            l_V = tl.load(row_ptr + col_V, mask=col_V < width, other=-float("inf")).to(tl.float32)
+            if CAP:
+                t_V = 2 * tl.sigmoid(2 * l_V / softcap) - 1
+                l_V = softcap * t_V
+            d_V = tl.exp(l_V - lse) * (1 + 2 * z_alpha * lse) - tl.where(col_V == target, 1 - smoothing, 0.0)
+            if SMOOTH:
+                d_V -= smoothing / V
+            if CAP:
+                d_V *= 1 - t_V * t_V
+            tl.store(row_ptr + col_V, tl.where(counted, d_V * weight, 0.0), mask=col_V < V)
 
 
-def _cross_entropy_chunk(logits_CV, targets_C, grad):
-    """nll of each row; with `grad` the logits are overwritten by softmax - onehot. Triton on a GPU, torch elsewhere."""
-    if takes_triton(logits_CV):
-        nll_C = torch.empty(len(logits_CV), device=logits_CV.device, dtype=torch.float32)
-        _cross_entropy_rows[(len(logits_CV),)](logits_CV, targets_C, nll_C, logits_CV.shape[1], logits_CV.stride(0), GRAD=grad,
-                                               BLOCK_V=min(4096, triton.next_power_of_2(logits_CV.shape[1])))
-        return nll_C
-    target_C1 = targets_C[:, None]
-    logp_CV = torch.log_softmax(logits_CV, 1, dtype=torch.promote_types(logits_CV.dtype, torch.float32))
-    nll_C = -logp_CV.gather(1, target_C1).squeeze(1)
-    if grad:
-        p_CV = logp_CV.exp_()
-        logits_CV.copy_(p_CV.scatter_add_(1, target_C1, p_CV.new_full(target_C1.shape, -1.0)))
-    return nll_C
+def _cross_entropy_torch(logits_CV, targets_C, weights_C, softcap, z_alpha, smoothing, grad):
+    """The kernel above in torch's ops: a few rows at a time, so that what is wide stays in cache."""
+    C, V = logits_CV.shape
+    nll_C, loss_C = weights_C.new_empty(2, C)
+    rows = max(1, (64 << 20 if logits_CV.is_cuda else 512 << 10) // (V * weights_C.element_size()))
+    for here in (slice(start, start + rows) for start in range(0, C, rows)):
+        l_RV, counted_R1 = logits_CV[here].to(weights_C.dtype), targets_C[here, None] >= 0
+        target_R1 = targets_C[here, None].clamp(min=0)
+        if softcap:
+            l_RV = l_RV.div(softcap).tanh_().mul_(softcap)
+        high_R1 = l_RV.amax(1, keepdim=True).clamp_(min=torch.finfo(l_RV.dtype).min)         # a row of -inf stays a row of -inf
+        at_target_R1, mean_R1 = l_RV.gather(1, target_R1), l_RV.mean(1, keepdim=True) if smoothing else 0
+        p_RV = (l_RV - high_R1 if softcap else l_RV.sub_(high_R1)).exp_()        # the cap's slope needs l again
+        total_R1 = p_RV.sum(1, keepdim=True)
+        lse_R1 = high_R1 + total_R1.log()
+        loss_R1 = nll_R1 = lse_R1 - at_target_R1
+        if smoothing or z_alpha:
+            loss_R1 = nll_R1 + smoothing * (at_target_R1 - mean_R1) + z_alpha * lse_R1.square()
+        nll_C[here, None], loss_C[here, None] = nll_R1.where(counted_R1, 0), loss_R1.where(counted_R1, 0)
+        if grad:
+            weight_R1 = weights_C[here, None].where(counted_R1, 0)
+            d_RV = p_RV.mul_((weight_R1 * (1 + 2 * z_alpha * lse_R1) / total_R1).where(counted_R1, 0))
+            d_RV.scatter_add_(1, target_R1, (smoothing - 1) * weight_R1)
+            if smoothing:
+                d_RV.sub_(weight_R1 * (smoothing / V))
+            if softcap:
+                d_RV.mul_(1 - (l_RV / softcap).square_())
+            if softcap or d_RV.dtype != logits_CV.dtype:         # else it stands there already
+                logits_CV[here] = d_RV
+    return nll_C, loss_C
+
+
+def _cross_entropy_chunk(logits_CV, targets_C, weights_C, softcap, z_alpha, smoothing, grad):
+    """(nll, loss) of each row; with `grad` the logits are overwritten by d weights loss / d logits."""
+    if not takes_triton(logits_CV):
+        return _cross_entropy_torch(logits_CV, targets_C, weights_C, softcap, z_alpha, smoothing, grad)
+    C, V = logits_CV.shape
+    nll_C, loss_C = torch.empty(2, C, device=logits_CV.device, dtype=torch.float32)
+    _cross_entropy_rows[(C,)](logits_CV, targets_C, weights_C, nll_C, loss_C, V, logits_CV.stride(0), softcap, z_alpha, smoothing,
+                              CAP=softcap != 0, SMOOTH=smoothing != 0, GRAD=grad,
+                              BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
+    return nll_C, loss_C
 
 
 def chunk_rows(x_MD, V):
-    """Rows whose logits fill the buffer: 256 MB on a GPU (large products), 4 MB on a CPU (stays in cache).   [Liger sec 3.2]"""
-    rows = (256 << 20 if x_MD.is_cuda else 4 << 20) // (V * x_MD.element_size())
-    return max(128, rows)
+    """Rows whose logits fill the buffer: 256 MB on a GPU and at least 4096 (large products), on a CPU 14 MB, which stay in cache
+    with the 2 MB that are worked on, and at least 128.                                                  [Liger sec 3.2]"""
+    least, size = (4096, 256 << 20) if x_MD.is_cuda else (128, 14 << 20)
+    return max(least, size // (V * x_MD.element_size()))
+
+
+def few_logits(x_MD, w_VD):
+    """On a CPU: logits that fit into cache with their gradients (16 MB) are cheaper stored than recomputed in pieces."""
+    return not takes_triton(x_MD) and not x_MD.is_cuda and len(x_MD) * len(w_VD) <= 1 << 20
+
+
+def _logit_buffer(x_MD, rows, V):
+    """[rows, V] for logits; on a GPU rows begin at multiples of 128 bytes, as fast products want."""
+    return x_MD.new_empty(rows, V + -V % 64 * x_MD.is_cuda)[:, :V]
+
+
+def _empty_grads(x_MD, w_VD, x_grad, w_grad, b_grad):
+    """(dx, dw, db) to write to and to add to, the latter in float32 or wider. No suffix: empty where no gradient is wanted."""
+    wide, V = torch.promote_types(x_MD.dtype, torch.float32), len(w_VD)
+    dw = torch.zeros_like(w_VD, dtype=wide) if w_grad else x_MD.new_empty(0, dtype=wide)
+    return x_MD.new_empty(len(x_MD) * x_grad, x_MD.shape[1]), dw, x_MD.new_zeros(V * b_grad, dtype=wide)
+
+
+def _add_grads(d_CV, x_CD, head_VD, dx, dw, db):
+    """dx = d w; dw += d^T x; db += sum of d. Where dw is of a wider type than d, it grows by a slice of the vocabulary at a
+    time, so that the product stays small."""
+    if len(dx):
+        torch.mm(d_CV, head_VD, out=dx)
+    if len(db):
+        db += d_CV.sum(0, dtype=db.dtype)
+    if len(dw) and dw.dtype == d_CV.dtype:
+        dw.addmm_(d_CV.T, x_CD)
+    elif len(dw):
+        size = max(64, (64 << 20 if x_CD.is_cuda else 1 << 20) // (x_CD.shape[1] * x_CD.element_size()) // 64 * 64)
+        for start in range(0, len(dw), size):
+            dw[start:start + size] += d_CV[:, start:start + size].T @ x_CD
 
 
 @torch.library.custom_op("flatlm::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(x_MD: torch.Tensor, w_VD: torch.Tensor, targets_M: torch.Tensor, weights_M: torch.Tensor,
-                          grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> loss sum, d loss / d x, d loss / d w (both empty without `grad`)."""
+                          bias_V: torch.Tensor | None, softcap: float, z_alpha: float, smoothing: float, x_grad: bool, w_grad: bool,
+                          b_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+                                                 torch.Tensor]:
+    """-> loss sum; nll and loss of each row; its gradients by x, w and bias, after those by the logits, which stand there instead
+    where one chunk holds all rows. Empty where they are not wanted."""
+    M, V, wide, grad = len(x_MD), len(w_VD), torch.promote_types(x_MD.dtype, torch.float32), x_grad or w_grad or b_grad
+    nll_M, loss_M = x_MD.new_empty(M, dtype=wide), x_MD.new_empty(M, dtype=wide)
+    weights_M, targets_M = weights_M.to(wide).contiguous(), targets_M.long().contiguous()
+    most = chunk_rows(x_MD, V)
+    one, rows = 0 < M <= most, -(-M // max(1, -(-M // most)))    # equal chunks
+    buffer = _logit_buffer(x_MD, rows, V)                        # of all of them
+    grads = _empty_grads(x_MD, w_VD, *((on and not one) for on in (x_grad, w_grad, b_grad)))
     with no_autocast(x_MD):
-        wide = torch.promote_types(x_MD.dtype, torch.float32)
-        weight_VD = w_VD.to(x_MD.dtype)
-        loss = x_MD.new_zeros((), dtype=wide)
-        dx_MD = torch.empty_like(x_MD) if grad else x_MD.new_empty(0)
-        dw_VD = torch.zeros_like(w_VD, dtype=wide) if grad else x_MD.new_empty(0)
-        rows = chunk_rows(x_MD, len(w_VD))
-        for start in range(0, len(x_MD), rows):
-            here = slice(start, start + rows)
-            logits_CV = x_MD[here] @ weight_VD.T
-            loss += (_cross_entropy_chunk(logits_CV, targets_M[here], grad) * weights_M[here]).sum()
-            if grad:                 # the chunk now holds softmax - onehot; the row weights go onto the narrow factors
-                weights_C1 = weights_M[here, None].to(x_MD.dtype)
-                torch.mm(logits_CV, weight_VD, out=dx_MD[here])
-                dx_MD[here] *= weights_C1
-                dw_VD += logits_CV.T @ (x_MD[here] * weights_C1)
-    return loss, dx_MD, dw_VD.to(w_VD.dtype)
+        head_VD, bias = w_VD.to(x_MD.dtype), None if bias_V is None else bias_V.to(x_MD.dtype)
+        for here in (slice(start, start + rows) for start in range(0, M, max(1, rows))):
+            x_CD, l_CV = x_MD[here], buffer[:len(x_MD[here])]
+            torch.mm(x_CD, head_VD.T, out=l_CV) if bias is None else torch.addmm(bias, x_CD, head_VD.T, out=l_CV)
+            nll_M[here], loss_M[here] = _cross_entropy_chunk(l_CV, targets_M[here], weights_M[here], softcap, z_alpha, smoothing,
+                                                             grad)
+            _add_grads(l_CV, x_CD, head_VD, grads[0][here], *grads[1:])          # l now holds its own gradient
+    kinds = w_VD.dtype, wide if bias_V is None else bias_V.dtype
+    kept = buffer if one and grad else x_MD.new_empty(0, V)
+    return (loss_M * weights_M).sum(), nll_M, loss_M, kept, grads[0], *(g.to(kind) for g, kind in zip(grads[1:], kinds))
 
 
 @_linear_cross_entropy.register_fake
-def _(x_MD, w_VD, targets_M, weights_M, grad):
-    empty = lambda like: torch.empty_like(like) if grad else like.new_empty(0)
-    return x_MD.new_empty((), dtype=torch.promote_types(x_MD.dtype, torch.float32)), empty(x_MD), empty(w_VD)
+def _(x_MD, w_VD, targets_M, weights_M, bias_V, softcap, z_alpha, smoothing, x_grad, w_grad, b_grad):
+    M, V, one = len(x_MD), len(w_VD), 0 < len(x_MD) <= chunk_rows(x_MD, len(w_VD))
+    dx, dw, db = _empty_grads(x_MD, w_VD, *((on and not one) for on in (x_grad, w_grad, b_grad)))
+    kept = _logit_buffer(x_MD, M, V) if one and (x_grad or w_grad or b_grad) else x_MD.new_empty(0, V)
+    row = lambda *shape: x_MD.new_empty(shape, dtype=db.dtype)
+    return row(), row(M), row(M), kept, dx, dw.to(w_VD.dtype), db if bias_V is None else db.to(bias_V.dtype)
+
+
+@torch.library.custom_op("flatlm::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(d_MV: torch.Tensor, x_MD: torch.Tensor, w_VD: torch.Tensor, x_grad: bool, w_grad: bool,
+                                   b_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The products of one chunk that was kept -> dx, dw, db."""
+    dx, dw, db = _empty_grads(x_MD, w_VD, x_grad, w_grad, b_grad)
+    with no_autocast(x_MD):
+        _add_grads(d_MV, x_MD, w_VD.to(x_MD.dtype), dx, dw, db)
+    return dx, dw.to(w_VD.dtype), db
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(d_MV, x_MD, w_VD, x_grad, w_grad, b_grad):
+    dx, dw, db = _empty_grads(x_MD, w_VD, x_grad, w_grad, b_grad)
+    return dx, dw.to(w_VD.dtype), db
 
 
 def _linear_cross_entropy_save(ctx, inputs, output):
-    ctx.save_for_backward(output[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)                             # else zeros as large as these outputs
+    ctx.save_for_backward(*output[2:], *(inputs[:2] if len(output[3]) else ()))
+    ctx.weights_kind, ctx.bias_kind = inputs[3].dtype, inputs[4] if inputs[4] is None else inputs[4].dtype
 
 
 def _linear_cross_entropy_grad(ctx, dloss, *_):
-    dx_MD, dw_VD = ctx.saved_tensors                             # computed in forward for dloss = 1, scaled here
-    return dx_MD * dloss.to(dx_MD.dtype), dw_VD * dloss.to(dw_VD.dtype), None, None, None
+    """What forward computed for dloss = 1, scaled: in place, since it may be as large as the head, unless the graph is kept for
+    another backward or is being traced."""
+    loss_M, kept, *grads = ctx.saved_tensors
+    keep = torch._C._autograd._get_current_graph_task_keep_graph() or type(dloss) is not torch.Tensor
+    factor = dloss.view(1) if dloss.is_cuda else dloss          # on a GPU a scalar would be rounded to bfloat16 first
+    scaled = lambda g: (g.clone() if keep else g).mul_(factor)
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+    if len(kept):
+        grads = _linear_cross_entropy_backward(scaled(kept), *grads[3:], *needs)
+        grads = *grads[:2], grads[2].to(ctx.bias_kind) if needs[2] else None
+    else:
+        grads = [scaled(g) if need else None for g, need in zip(grads, needs)]
+    dx, dw, db = (g if need else None for g, need in zip(grads, needs))
+    dweights_M = (loss_M * dloss).to(ctx.weights_kind) if ctx.needs_input_grad[3] else None
+    return dx, dw, None, dweights_M, db, *[None] * 6
 
 
 _linear_cross_entropy.register_autograd(_linear_cross_entropy_grad, setup_context=_linear_cross_entropy_save)
 
 
-def linear_cross_entropy(x_MD, w_VD, targets_M, weights_M):
-    """Weighted sum of next-token losses from hidden states [M, D] and the head [V, D]: a scalar. The logits exist only
-    a chunk at a time; their gradient is taken while they are there, so backward is one multiplication.
-    Same signature and value as linear_cross_entropy_ref."""
+def linear_cross_entropy(x_MD, w_VD, targets_M, weights_M, bias_V=None, softcap=0.0, z_alpha=0.0, smoothing=0.0, return_nll=False):
+    """Weighted sum of next-token losses from hidden states [M, D] and the head [V, D]: a scalar, and with return_nll also the plain
+    nll of every row. The logits exist only a chunk at a time; their gradient is taken while they are there, so backward is one
+    multiplication (or, where one chunk holds all rows, the two products). Same signature and value as linear_cross_entropy_ref."""
     x_MD = to_autocast(x_MD)
-    grad = torch.is_grad_enabled() and (x_MD.requires_grad or w_VD.requires_grad)
-    return _linear_cross_entropy(x_MD.contiguous(), w_VD, targets_M, weights_M, grad)[0]
+    if few_logits(x_MD, w_VD):
+        return linear_cross_entropy_ref(x_MD, w_VD, targets_M, weights_M, bias_V, softcap, z_alpha, smoothing, return_nll)
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x_MD, w_VD, bias_V)]
+    loss, nll_M, *_ = _linear_cross_entropy(x_MD.contiguous(), w_VD, targets_M, weights_M, bias_V, float(softcap), float(z_alpha),
+                                            float(smoothing), *wanted)
+    return (loss, nll_M) if return_nll else loss
+
+
+def bench_linear_cross_entropy(device, dtype, quick):
+    """The gradient is taken in forward, so only the sum of the two passes compares with others."""
+    def plain(x_MD, w_VD, targets_M, weights_M):
+        return (F.cross_entropy(F.linear(x_MD, w_VD.to(x_MD.dtype)).float(), targets_M, reduction="none") * weights_M).sum()
+
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+    except ImportError:
+        liger = None
+    peers = {"F.cross_entropy": plain}
+    if liger and device == "cuda":
+        peers["liger"] = lambda x_MD, w_VD, targets_M, _: liger(x_MD, w_VD.to(x_MD.dtype), targets_M, reduction="sum")
+    small, large = [(512, 128, 65), (512, 128, 4096)], [(16384, 768, 50304), (16384, 2048, 50304), (8192, 4096, 131072)]
+    for M, D, V in large[:1 if quick else 3] if device == "cuda" else small:
+        x_MD, w_VD = torch.randn(M, D, device=device, dtype=dtype), torch.randn(V, D, device=device) / D**0.5
+        rest, size = (torch.randint(V, (M,), device=device), torch.ones(M, device=device)), x_MD.element_size()
+        yield Case("linear_ce", f"{M}x{D}x{V}", linear_cross_entropy, linear_cross_entropy_ref, peers, (x_MD, w_VD), rest,
+                   (2 * M * D * V, 4 * M * D * V), (size * (M + V) * D, size * (M + V) * D * 2))
+
+
+# ---- decayed_attention (linear attention whose past fades at a fixed pace a head) ----
+
+def decayed_attention_ref(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU=None, doc_BT=None, doc_before_B=None, tile=64):
+    """y_t = sum_{s <= t, same document} e^{-slope (t - s)} (q_t . k_s) v_s + e^{-slope (t + 1)} q_t . state -> y [B, T, H, U]
+    and the state after the last token [B, H, K, U]. doc_before_B: the document that the state belongs to, by default the first.
+
+    The pairs of a tile of C tokens directly, all before it through the state [LA2 alg 1]: all tiles at once but for the states,
+    and the T mod C last tokens as a shorter tile. bfloat16 is multiplied and returned as it is, all else and the state in
+    float32 or wider."""
+    (B, T, H, K), U, full = q_BTHK.shape, v_BTHU.shape[-1], q_BTHK.shape[1] // tile * tile
+    wide, y = torch.promote_types(q_BTHK.dtype, torch.float32), []
+    kind, slope_H111 = q_BTHK.dtype if q_BTHK.dtype == torch.bfloat16 else wide, slope_H.to(wide).view(H, 1, 1, 1)
+    state_BHKU = q_BTHK.new_zeros(B, H, K, U, dtype=wide) if state_BHKU is None else state_BHKU.to(wide)
+    docs = torch.zeros(1, T, device=q_BTHK.device) if doc_BT is None else doc_BT             # one row of one document for all
+    end = docs[:, 0] if doc_BT is None or doc_before_B is None else doc_before_B
+    for first, last, C in ((0, full, tile), (full, T, T - full)):
+        if first == last:
+            continue
+        q_BHNCK, k_BHNCK, v_BHNCU = (x[:, first:last].to(kind).unflatten(1, (-1, C)).permute(0, 3, 1, 2, 4).contiguous()
+                                     for x in (q_BTHK, k_BTHK, v_BTHU))
+        doc = docs[:, None, first:last, None].unflatten(2, (-1, C))                          # [B, 1, N, C, 1]
+        before, end = torch.cat([end.view(-1, 1, 1, 1, 1), doc[:, :, :-1, -1:]], 2), doc[:, :, -1, -1]
+        # what is left, at token t of a tile, of what token s <= t wrote and of the state; at its end, of token s and the state
+        i_C1 = torch.arange(C, device=q_BTHK.device, dtype=wide)[:, None]
+        left = lambda steps, same: ((-slope_H111 * steps).exp() * same).to(kind)             # [B, H, N, C, .]
+        pair, old = left((i_C1 - i_C1.T).clamp(min=0), (doc == doc.mT).tril()), left(i_C1 + 1, doc == before)
+        new, kept = left(C - 1 - i_C1, doc == doc[:, :, :, -1:]), (-slope_H111 * C).exp() * (doc[:, :, :, -1:] == before)
+        with no_autocast(q_BTHK):
+            states, written = [state_BHKU], ((k_BHNCK * new).mT @ v_BHNCU).to(wide)
+            for write_BHKU, share in zip(written.unbind(2), kept.unbind(2)):
+                states.append(torch.addcmul(write_BHKU, states[-1], share))
+            state_BHKU, old_BHNKU = states[-1], torch.stack(states[:-1], 2).to(kind)
+            y_BHNCU = (q_BHNCK @ k_BHNCK.mT).mul_(pair) @ v_BHNCU
+            y_BHNCU += (q_BHNCK @ old_BHNKU).mul_(old)
+        y.append(y_BHNCU.permute(0, 2, 3, 1, 4).flatten(1, 2))
+    return torch.cat(y, 1), state_BHKU
+
+
+@jit
+def _decayed_sweep(a_ptr, b_ptr, c_ptr, slope_ptr, doc_ptr, start_ptr, ends_ptr, y_ptr, last_ptr, T, H, K, U, SPAN,
+                   REVERSE: tl.constexpr, DOCS: tl.constexpr, OUTPUT: tl.constexpr,
+                   BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_U: tl.constexpr):
+    # grid (blocks of U, spans, B H): a program walks its span tile by tile, its columns of the state in registers all the way,
+    # so a, b, c and y pass once; blocks of one span are neighbours in the grid and find each other's a and b in the L2 cache.
+    # y_t = a_t M_t, M_t = e^-slope M_{t-1} + b_t c_t^T. REVERSE: time runs backward, and the state fades after the reading, not
+    # before the writing. Not OUTPUT: only the state that a span adds, one [K, U] for each span but the last.
+    span, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, h, spans = head // H, head % H, tl.num_programs(1)
+    slope = tl.load(slope_ptr + h).to(tl.float32)
+    i_C, col_K, col_U = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K), tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
+    ahead_CC = (i_C[:, None] - i_C[None, :]).to(tl.float32)
+    left_CC = tl.where(ahead_CC >= 0, tl.exp(-slope * tl.maximum(ahead_CC, 0.0)), 0.0)       # of s at t, in every tile the same
+    cell_KU, keep_KU = col_K[:, None] * U + col_U[None, :], (col_K[:, None] < K) & (col_U[None, :] < U)
+    doc_ptr += row * (T + 2)                        # of the token before, of all tokens, of the last again
+    M_KU = tl.zeros([BLOCK_K, BLOCK_U], dtype=tl.float32)
+    if OUTPUT:                                      # the state at the start of the span, from what each span before it adds
+        M_KU += tl.load(start_ptr + head * K * U + cell_KU, mask=keep_KU, other=0.0).to(tl.float32)
+        for i in range(0, span):
+            kept = tl.exp(-slope * SPAN)
+            if DOCS:
+                before = tl.load(doc_ptr + (T + 1 - i * SPAN if REVERSE else i * SPAN))
+                final = tl.load(doc_ptr + (T + 1 - (i + 1) * SPAN if REVERSE else (i + 1) * SPAN))
+                kept = tl.where(final == before, kept, 0.0)
+            M_KU = M_KU * kept + tl.load(ends_ptr + (head * (spans - 1) + i) * K * U + cell_KU, mask=keep_KU, other=0.0)
+    for start in range(span * SPAN, tl.minimum(T, (span + 1) * SPAN), BLOCK_C):
+        n = tl.minimum(T - start, BLOCK_C)          # tokens of this tile
+        time_C = start + i_C
+        keep_C1, place_C = (time_C < T)[:, None], T - 1 - time_C if REVERSE else time_C
+        line_C1 = ((row * T + place_C) * H + h)[:, None]
+        b_CK = tl.load(b_ptr + line_C1 * K + col_K[None, :], mask=keep_C1 & (col_K[None, :] < K), other=0.0)
+        c_CU = tl.load(c_ptr + line_C1 * U + col_U[None, :], mask=keep_C1 & (col_U[None, :] < U), other=0.0)
+        share_CC = left_CC
+        old_C = tl.exp(-slope * (i_C + 1 - REVERSE).to(tl.float32))
+        new_C = tl.exp(-slope * tl.maximum(n - 1 - i_C + REVERSE, 0).to(tl.float32))         # to the last token, not to C
+        kept = tl.exp(-slope * n)
+        if DOCS:
+            doc_C = tl.load(doc_ptr + 1 + place_C, mask=time_C < T, other=0)
+            before = tl.load(doc_ptr + (T + 1 - start if REVERSE else start))
+            final = tl.load(doc_ptr + (T + 1 - start - n if REVERSE else start + n))
+            share_CC = tl.where(doc_C[:, None] == doc_C[None, :], left_CC, 0.0)
+            old_C, new_C = tl.where(doc_C == before, old_C, 0.0), tl.where(doc_C == final, new_C, 0.0)
+            kept = tl.where(final == before, kept, 0.0)
+        if OUTPUT:
+            a_CK = tl.load(a_ptr + line_C1 * K + col_K[None, :], mask=keep_C1 & (col_K[None, :] < K), other=0.0)
+            y_CU = _dot(a_CK, M_KU.to(a_CK.dtype)) * old_C[:, None]
+            y_CU += _dot((_dot(a_CK, tl.trans(b_CK)) * share_CC).to(c_CU.dtype), c_CU)
+            tl.store(y_ptr + line_C1 * U + col_U[None, :], y_CU, mask=keep_C1 & (col_U[None, :] < U))
+        M_KU = M_KU * kept + _dot(tl.trans((b_CK.to(tl.float32) * new_C[:, None]).to(c_CU.dtype)), c_CU)
+    if OUTPUT:
+        if span == spans - 1:
+            tl.store(last_ptr + head * K * U + cell_KU, M_KU, mask=keep_KU)
+    else:
+        tl.store(ends_ptr + (head * spans + span) * K * U + cell_KU, M_KU, mask=keep_KU)
+
+
+def span_length(T, programs, x):
+    """Tokens that one program walks: the whole row, where rows, heads and blocks give each processor two programs. Else the row
+    is cut, and a first sweep over b and c finds the state that each span adds: half as many bytes more, no idle processors."""
+    cuts = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count // programs if x.is_cuda else 1
+    return max(512, triton.cdiv(T, max(1, cuts)))
+
+
+def _sweep(a_BTHK, b_BTHK, c_BTHU, slope_H, state_BHKU, doc_BP, reverse, kind):
+    """y_t = a_t M_t with M_t = e^-slope M_{t-1} + b_t c_t^T from a given state, in either direction -> y, the last M."""
+    (B, T, H, K), U, BLOCK_K = a_BTHK.shape, c_BTHU.shape[-1], max(16, triton.next_power_of_2(a_BTHK.shape[-1]))
+    BLOCK_C, BLOCK_U = 64 if BLOCK_K <= 128 else 32, 16 if U <= 16 else 32 if U % 64 or BLOCK_K > 128 else 64
+    blocks = triton.cdiv(U, BLOCK_U)
+    SPAN = triton.cdiv(span_length(T, B * H * blocks, a_BTHK), BLOCK_C) * BLOCK_C
+    spans = triton.cdiv(T, SPAN)
+    y_BTHU, last_BHKU = torch.empty_like(c_BTHU, dtype=kind), torch.empty_like(state_BHKU)
+    ends_BHNKU = last_BHKU.new_empty(B, H, spans - 1, K, U)
+    for OUTPUT, n in ((False, spans - 1), (True, spans)):
+        if n:
+            _decayed_sweep[(blocks, n, B * H)](
+                a_BTHK, b_BTHK, c_BTHU, slope_H, slope_H if doc_BP is None else doc_BP, state_BHKU, ends_BHNKU, y_BTHU, last_BHKU,
+                T, H, K, U, SPAN, REVERSE=reverse, DOCS=doc_BP is not None, OUTPUT=OUTPUT, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K,
+                BLOCK_U=BLOCK_U, num_warps=8 if BLOCK_K >= 128 else 4, num_stages=2)
+    return y_BTHU, last_BHKU
+
+
+@torch.library.custom_op("flatlm::decayed_attention", mutates_args=())
+def _decayed_attention(q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHU: torch.Tensor, slope_H: torch.Tensor,
+                       state_BHKU: torch.Tensor, doc_BP: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """doc_BP: the document of the state, those of the T tokens, the last again. Triton only: decayed_attention sees to that."""
+    kind = state_BHKU.dtype if v_BTHU.dtype == torch.float16 else v_BTHU.dtype               # sums overflow float16
+    return _sweep(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BP, False, kind)
+
+
+@_decayed_attention.register_fake
+def _(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BP):
+    kind = state_BHKU.dtype if v_BTHU.dtype == torch.float16 else v_BTHU.dtype
+    return torch.empty_like(v_BTHU, dtype=kind), torch.empty_like(state_BHKU)
+
+
+@torch.library.custom_op("flatlm::decayed_attention_backward", mutates_args=())
+def _decayed_attention_backward(
+        dy_BTHU: torch.Tensor, dlast_BHKU: torch.Tensor, q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHU: torch.Tensor,
+        slope_H: torch.Tensor, state_BHKU: torch.Tensor, doc_BP: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq_t = M_t dy_t asks what was written with v, and k answers: the same sweep with the roles changed. dk and dv read the
+    adjoint state, e^-slope D_{t+1} + q_t dy_t^T, so for them it runs backward.                                    [LA2 alg 2]"""
+    dy_BTHU = dy_BTHU.to(v_BTHU.dtype).contiguous()
+    sweep = lambda a, b, c, state, reverse: _sweep(a, b, c, slope_H, state.contiguous(), doc_BP, reverse, q_BTHK.dtype)
+    dq_BTHK, _ = sweep(dy_BTHU, v_BTHU, k_BTHK, state_BHKU.mT, False)
+    dk_BTHK, _ = sweep(v_BTHU, dy_BTHU, q_BTHK, dlast_BHKU.mT, True)
+    dv_BTHU, dstate_BHKU = sweep(k_BTHK, q_BTHK, dy_BTHU, dlast_BHKU, True)
+    if doc_BP is not None:
+        dstate_BHKU *= (doc_BP[:, 0] == doc_BP[:, 1])[:, None, None, None]
+    return dq_BTHK, dk_BTHK, dv_BTHU, dstate_BHKU
+
+
+@_decayed_attention_backward.register_fake
+def _(dy_BTHU, dlast_BHKU, q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BP):
+    return torch.empty_like(q_BTHK), torch.empty_like(k_BTHK), torch.empty_like(v_BTHU), torch.empty_like(state_BHKU)
+
+
+def _decayed_attention_grad(ctx, dy_BTHU, dlast_BHKU):
+    dq_BTHK, dk_BTHK, dv_BTHU, dstate_BHKU = _decayed_attention_backward(dy_BTHU, dlast_BHKU, *ctx.saved_tensors)
+    return dq_BTHK, dk_BTHK, dv_BTHU, None, dstate_BHKU, None
+
+
+_decayed_attention.register_autograd(
+    _decayed_attention_grad, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def decayed_attention(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU=None, doc_BT=None, doc_before_B=None, tile=64):
+    """Linear attention with a fixed decay a head; the slopes are constants. Same signature and value as decayed_attention_ref,
+    which runs where Triton does not, for heads wider than 256, whose state fills the registers, and for float32, whose exact
+    products know no tensor cores: cuBLAS has better ones. The kernel's tile is its own."""
+    (B, T, H, K), U = q_BTHK.shape, v_BTHU.shape[-1]
+    if not takes_triton(q_BTHK) or max(K, U) > 256 or q_BTHK.element_size() > 2 and not INTERPRET:
+        return decayed_attention_ref(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BT, doc_before_B, tile)
+    if state_BHKU is None:
+        state_BHKU = torch.zeros(B, H, K, U, device=q_BTHK.device)
+    doc_BP = doc_BT
+    if doc_BT is not None:
+        begin = doc_BT[:, :1] if doc_before_B is None else doc_before_B[:, None]
+        doc_BP = torch.cat([begin, doc_BT, doc_BT[:, -1:]], 1).expand(B, -1).contiguous()
+    return _decayed_attention(*(x.contiguous() for x in (q_BTHK, k_BTHK, v_BTHU)), slope_H.float(), state_BHKU.contiguous(), doc_BP)
+
+
+def bench_linear(device, dtype, quick):
+    shapes = [(8, 1024, 12, 64, 0), (8, 2048, 16, 128, 0), (2, 16384, 16, 128, 0), (1, 65536, 16, 128, 0), (2, 16384, 16, 128, 1000)]
+    peers = {}
+    if device == "cuda":
+        try:
+            from fla.ops.retention import chunk_retention
+            from fla.ops.simple_gla import chunk_simple_gla
+            peers = {"fla simple_gla": lambda q, k, v, slope, *_: chunk_simple_gla(q, k, v, g_gamma=-slope, scale=1.0)[0],
+                     "fla retention": lambda q, k, v, *_: chunk_retention(q, k, v, scale=1.0)[0]}            # slopes of its own
+        except ImportError:
+            print("fla is not installed: no peer")
+    for B, T, H, K, length in shapes[1::2] if quick else shapes:
+        B, T, H, K = (B, T, H, K) if device == "cuda" else (1, 128, 2, 32)
+        torch.manual_seed(0)
+        leaves = [torch.randn(B, T, H, K, device=device, dtype=dtype) for _ in range(3)]
+        slope_H = torch.exp2(-8 / H * torch.arange(1, H + 1, device=device))                 # those of the first Lightning layer
+        doc_BT = (torch.arange(T, device=device) // length).expand(B, T) if length else None
+        size, flops = B * T * H * K * leaves[0].element_size(), 4 * B * T * H * K * (64 + K)
+        yield Case("decayed_attention", f"{B}x{T}x{H}x{K}" + " docs" * bool(length), lambda *a: decayed_attention(*a)[0],
+                   lambda *a: decayed_attention_ref(*a)[0], {} if length else peers, leaves, (slope_H, None, doc_BT),
+                   (flops, 3 * flops), (4 * size, 7 * size))
 
 
 # ---- moe_mlp (each row through its experts, without a sorted copy of the rows) ----
@@ -1395,210 +1762,6 @@ def bench_optim(device, dtype, quick):
     yield Case("newton_schulz", f"{L}x{R}x{R}", ours, ref, peers, (), (draw(L, R, R),), (20 * L * R**3, 0), (0, 0))
     leaves, peers = (draw(D, D), draw(D, D) / D**0.5), {"F.linear": F.linear}
     yield Case("fp8_matmul", f"{D}x{D}x{D}", fp8_matmul, fp8_matmul_ref, peers, leaves, (), (2 * D**3, 4 * D**3), (0, 0))
-# ---- decayed_attention (linear attention whose past fades at a fixed pace a head) ----
-
-def decayed_attention_ref(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU=None, doc_BT=None, doc_before_B=None, tile=64):
-    """y_t = sum_{s <= t, same document} e^{-slope (t - s)} (q_t . k_s) v_s + e^{-slope (t + 1)} q_t . state -> y [B, T, H, U]
-    and the state after the last token [B, H, K, U]. doc_before_B: the document that the state belongs to, by default the first.
-
-    The pairs of a tile of C tokens directly, all before it through the state [LA2 alg 1]: all tiles at once but for the states,
-    and the T mod C last tokens as a shorter tile. bfloat16 is multiplied and returned as it is, all else and the state in
-    float32 or wider."""
-    (B, T, H, K), U, full = q_BTHK.shape, v_BTHU.shape[-1], q_BTHK.shape[1] // tile * tile
-    wide, y = torch.promote_types(q_BTHK.dtype, torch.float32), []
-    kind, slope_H111 = q_BTHK.dtype if q_BTHK.dtype == torch.bfloat16 else wide, slope_H.to(wide).view(H, 1, 1, 1)
-    state_BHKU = q_BTHK.new_zeros(B, H, K, U, dtype=wide) if state_BHKU is None else state_BHKU.to(wide)
-    docs = torch.zeros(1, T, device=q_BTHK.device) if doc_BT is None else doc_BT             # one row of one document for all
-    end = docs[:, 0] if doc_BT is None or doc_before_B is None else doc_before_B
-    for first, last, C in ((0, full, tile), (full, T, T - full)):
-        if first == last:
-            continue
-        q_BHNCK, k_BHNCK, v_BHNCU = (x[:, first:last].to(kind).unflatten(1, (-1, C)).permute(0, 3, 1, 2, 4).contiguous()
-                                     for x in (q_BTHK, k_BTHK, v_BTHU))
-        doc = docs[:, None, first:last, None].unflatten(2, (-1, C))                          # [B, 1, N, C, 1]
-        before, end = torch.cat([end.view(-1, 1, 1, 1, 1), doc[:, :, :-1, -1:]], 2), doc[:, :, -1, -1]
-        # what is left, at token t of a tile, of what token s <= t wrote and of the state; at its end, of token s and the state
-        i_C1 = torch.arange(C, device=q_BTHK.device, dtype=wide)[:, None]
-        left = lambda steps, same: ((-slope_H111 * steps).exp() * same).to(kind)             # [B, H, N, C, .]
-        pair, old = left((i_C1 - i_C1.T).clamp(min=0), (doc == doc.mT).tril()), left(i_C1 + 1, doc == before)
-        new, kept = left(C - 1 - i_C1, doc == doc[:, :, :, -1:]), (-slope_H111 * C).exp() * (doc[:, :, :, -1:] == before)
-        with no_autocast(q_BTHK):
-            states, written = [state_BHKU], ((k_BHNCK * new).mT @ v_BHNCU).to(wide)
-            for write_BHKU, share in zip(written.unbind(2), kept.unbind(2)):
-                states.append(torch.addcmul(write_BHKU, states[-1], share))
-            state_BHKU, old_BHNKU = states[-1], torch.stack(states[:-1], 2).to(kind)
-            y_BHNCU = (q_BHNCK @ k_BHNCK.mT).mul_(pair) @ v_BHNCU
-            y_BHNCU += (q_BHNCK @ old_BHNKU).mul_(old)
-        y.append(y_BHNCU.permute(0, 2, 3, 1, 4).flatten(1, 2))
-    return torch.cat(y, 1), state_BHKU
-
-
-@jit
-def _decayed_sweep(a_ptr, b_ptr, c_ptr, slope_ptr, doc_ptr, start_ptr, ends_ptr, y_ptr, last_ptr, T, H, K, U, SPAN,
-                   REVERSE: tl.constexpr, DOCS: tl.constexpr, OUTPUT: tl.constexpr,
-                   BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_U: tl.constexpr):
-    # grid (blocks of U, spans, B H): a program walks its span tile by tile, its columns of the state in registers all the way,
-    # so a, b, c and y pass once; blocks of one span are neighbours in the grid and find each other's a and b in the L2 cache.
-    # y_t = a_t M_t, M_t = e^-slope M_{t-1} + b_t c_t^T. REVERSE: time runs backward, and the state fades after the reading, not
-    # before the writing. Not OUTPUT: only the state that a span adds, one [K, U] for each span but the last.
-    span, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row, h, spans = head // H, head % H, tl.num_programs(1)
-    slope = tl.load(slope_ptr + h).to(tl.float32)
-    i_C, col_K, col_U = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K), tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    ahead_CC = (i_C[:, None] - i_C[None, :]).to(tl.float32)
-    left_CC = tl.where(ahead_CC >= 0, tl.exp(-slope * tl.maximum(ahead_CC, 0.0)), 0.0)       # of s at t, in every tile the same
-    cell_KU, keep_KU = col_K[:, None] * U + col_U[None, :], (col_K[:, None] < K) & (col_U[None, :] < U)
-    doc_ptr += row * (T + 2)                        # of the token before, of all tokens, of the last again
-    M_KU = tl.zeros([BLOCK_K, BLOCK_U], dtype=tl.float32)
-    if OUTPUT:                                      # the state at the start of the span, from what each span before it adds
-        M_KU += tl.load(start_ptr + head * K * U + cell_KU, mask=keep_KU, other=0.0).to(tl.float32)
-        for i in range(0, span):
-            kept = tl.exp(-slope * SPAN)
-            if DOCS:
-                before = tl.load(doc_ptr + (T + 1 - i * SPAN if REVERSE else i * SPAN))
-                final = tl.load(doc_ptr + (T + 1 - (i + 1) * SPAN if REVERSE else (i + 1) * SPAN))
-                kept = tl.where(final == before, kept, 0.0)
-            M_KU = M_KU * kept + tl.load(ends_ptr + (head * (spans - 1) + i) * K * U + cell_KU, mask=keep_KU, other=0.0)
-    for start in range(span * SPAN, tl.minimum(T, (span + 1) * SPAN), BLOCK_C):
-        n = tl.minimum(T - start, BLOCK_C)          # tokens of this tile
-        time_C = start + i_C
-        keep_C1, place_C = (time_C < T)[:, None], T - 1 - time_C if REVERSE else time_C
-        line_C1 = ((row * T + place_C) * H + h)[:, None]
-        b_CK = tl.load(b_ptr + line_C1 * K + col_K[None, :], mask=keep_C1 & (col_K[None, :] < K), other=0.0)
-        c_CU = tl.load(c_ptr + line_C1 * U + col_U[None, :], mask=keep_C1 & (col_U[None, :] < U), other=0.0)
-        share_CC = left_CC
-        old_C = tl.exp(-slope * (i_C + 1 - REVERSE).to(tl.float32))
-        new_C = tl.exp(-slope * tl.maximum(n - 1 - i_C + REVERSE, 0).to(tl.float32))         # to the last token, not to C
-        kept = tl.exp(-slope * n)
-        if DOCS:
-            doc_C = tl.load(doc_ptr + 1 + place_C, mask=time_C < T, other=0)
-            before = tl.load(doc_ptr + (T + 1 - start if REVERSE else start))
-            final = tl.load(doc_ptr + (T + 1 - start - n if REVERSE else start + n))
-            share_CC = tl.where(doc_C[:, None] == doc_C[None, :], left_CC, 0.0)
-            old_C, new_C = tl.where(doc_C == before, old_C, 0.0), tl.where(doc_C == final, new_C, 0.0)
-            kept = tl.where(final == before, kept, 0.0)
-        if OUTPUT:
-            a_CK = tl.load(a_ptr + line_C1 * K + col_K[None, :], mask=keep_C1 & (col_K[None, :] < K), other=0.0)
-            y_CU = _dot(a_CK, M_KU.to(a_CK.dtype)) * old_C[:, None]
-            y_CU += _dot((_dot(a_CK, tl.trans(b_CK)) * share_CC).to(c_CU.dtype), c_CU)
-            tl.store(y_ptr + line_C1 * U + col_U[None, :], y_CU, mask=keep_C1 & (col_U[None, :] < U))
-        M_KU = M_KU * kept + _dot(tl.trans((b_CK.to(tl.float32) * new_C[:, None]).to(c_CU.dtype)), c_CU)
-    if OUTPUT:
-        if span == spans - 1:
-            tl.store(last_ptr + head * K * U + cell_KU, M_KU, mask=keep_KU)
-    else:
-        tl.store(ends_ptr + (head * spans + span) * K * U + cell_KU, M_KU, mask=keep_KU)
-
-
-def span_length(T, programs, x):
-    """Tokens that one program walks: the whole row, where rows, heads and blocks give each processor two programs. Else the row
-    is cut, and a first sweep over b and c finds the state that each span adds: half as many bytes more, no idle processors."""
-    cuts = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count // programs if x.is_cuda else 1
-    return max(512, triton.cdiv(T, max(1, cuts)))
-
-
-def _sweep(a_BTHK, b_BTHK, c_BTHU, slope_H, state_BHKU, doc_BP, reverse, kind):
-    """y_t = a_t M_t with M_t = e^-slope M_{t-1} + b_t c_t^T from a given state, in either direction -> y, the last M."""
-    (B, T, H, K), U, BLOCK_K = a_BTHK.shape, c_BTHU.shape[-1], max(16, triton.next_power_of_2(a_BTHK.shape[-1]))
-    BLOCK_C, BLOCK_U = 64 if BLOCK_K <= 128 else 32, 16 if U <= 16 else 32 if U % 64 or BLOCK_K > 128 else 64
-    blocks = triton.cdiv(U, BLOCK_U)
-    SPAN = triton.cdiv(span_length(T, B * H * blocks, a_BTHK), BLOCK_C) * BLOCK_C
-    spans = triton.cdiv(T, SPAN)
-    y_BTHU, last_BHKU = torch.empty_like(c_BTHU, dtype=kind), torch.empty_like(state_BHKU)
-    ends_BHNKU = last_BHKU.new_empty(B, H, spans - 1, K, U)
-    for OUTPUT, n in ((False, spans - 1), (True, spans)):
-        if n:
-            _decayed_sweep[(blocks, n, B * H)](
-                a_BTHK, b_BTHK, c_BTHU, slope_H, slope_H if doc_BP is None else doc_BP, state_BHKU, ends_BHNKU, y_BTHU, last_BHKU,
-                T, H, K, U, SPAN, REVERSE=reverse, DOCS=doc_BP is not None, OUTPUT=OUTPUT, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K,
-                BLOCK_U=BLOCK_U, num_warps=8 if BLOCK_K >= 128 else 4, num_stages=2)
-    return y_BTHU, last_BHKU
-
-
-@torch.library.custom_op("flatlm::decayed_attention", mutates_args=())
-def _decayed_attention(q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHU: torch.Tensor, slope_H: torch.Tensor,
-                       state_BHKU: torch.Tensor, doc_BP: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """doc_BP: the document of the state, those of the T tokens, the last again. Triton only: decayed_attention sees to that."""
-    kind = state_BHKU.dtype if v_BTHU.dtype == torch.float16 else v_BTHU.dtype               # sums overflow float16
-    return _sweep(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BP, False, kind)
-
-
-@_decayed_attention.register_fake
-def _(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BP):
-    kind = state_BHKU.dtype if v_BTHU.dtype == torch.float16 else v_BTHU.dtype
-    return torch.empty_like(v_BTHU, dtype=kind), torch.empty_like(state_BHKU)
-
-
-@torch.library.custom_op("flatlm::decayed_attention_backward", mutates_args=())
-def _decayed_attention_backward(
-        dy_BTHU: torch.Tensor, dlast_BHKU: torch.Tensor, q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHU: torch.Tensor,
-        slope_H: torch.Tensor, state_BHKU: torch.Tensor, doc_BP: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq_t = M_t dy_t asks what was written with v, and k answers: the same sweep with the roles changed. dk and dv read the
-    adjoint state, e^-slope D_{t+1} + q_t dy_t^T, so for them it runs backward.                                    [LA2 alg 2]"""
-    dy_BTHU = dy_BTHU.to(v_BTHU.dtype).contiguous()
-    sweep = lambda a, b, c, state, reverse: _sweep(a, b, c, slope_H, state.contiguous(), doc_BP, reverse, q_BTHK.dtype)
-    dq_BTHK, _ = sweep(dy_BTHU, v_BTHU, k_BTHK, state_BHKU.mT, False)
-    dk_BTHK, _ = sweep(v_BTHU, dy_BTHU, q_BTHK, dlast_BHKU.mT, True)
-    dv_BTHU, dstate_BHKU = sweep(k_BTHK, q_BTHK, dy_BTHU, dlast_BHKU, True)
-    if doc_BP is not None:
-        dstate_BHKU *= (doc_BP[:, 0] == doc_BP[:, 1])[:, None, None, None]
-    return dq_BTHK, dk_BTHK, dv_BTHU, dstate_BHKU
-
-
-@_decayed_attention_backward.register_fake
-def _(dy_BTHU, dlast_BHKU, q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BP):
-    return torch.empty_like(q_BTHK), torch.empty_like(k_BTHK), torch.empty_like(v_BTHU), torch.empty_like(state_BHKU)
-
-
-def _decayed_attention_grad(ctx, dy_BTHU, dlast_BHKU):
-    dq_BTHK, dk_BTHK, dv_BTHU, dstate_BHKU = _decayed_attention_backward(dy_BTHU, dlast_BHKU, *ctx.saved_tensors)
-    return dq_BTHK, dk_BTHK, dv_BTHU, None, dstate_BHKU, None
-
-
-_decayed_attention.register_autograd(
-    _decayed_attention_grad, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
-
-def decayed_attention(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU=None, doc_BT=None, doc_before_B=None, tile=64):
-    """Linear attention with a fixed decay a head; the slopes are constants. Same signature and value as decayed_attention_ref,
-    which runs where Triton does not, for heads wider than 256, whose state fills the registers, and for float32, whose exact
-    products know no tensor cores: cuBLAS has better ones. The kernel's tile is its own."""
-    (B, T, H, K), U = q_BTHK.shape, v_BTHU.shape[-1]
-    if not takes_triton(q_BTHK) or max(K, U) > 256 or q_BTHK.element_size() > 2 and not INTERPRET:
-        return decayed_attention_ref(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BT, doc_before_B, tile)
-    if state_BHKU is None:
-        state_BHKU = torch.zeros(B, H, K, U, device=q_BTHK.device)
-    doc_BP = doc_BT
-    if doc_BT is not None:
-        begin = doc_BT[:, :1] if doc_before_B is None else doc_before_B[:, None]
-        doc_BP = torch.cat([begin, doc_BT, doc_BT[:, -1:]], 1).expand(B, -1).contiguous()
-    return _decayed_attention(*(x.contiguous() for x in (q_BTHK, k_BTHK, v_BTHU)), slope_H.float(), state_BHKU.contiguous(), doc_BP)
-
-
-def bench_linear(device, dtype, quick):
-    shapes = [(8, 1024, 12, 64, 0), (8, 2048, 16, 128, 0), (2, 16384, 16, 128, 0), (1, 65536, 16, 128, 0), (2, 16384, 16, 128, 1000)]
-    peers = {}
-    if device == "cuda":
-        try:
-            from fla.ops.retention import chunk_retention
-            from fla.ops.simple_gla import chunk_simple_gla
-            peers = {"fla simple_gla": lambda q, k, v, slope, *_: chunk_simple_gla(q, k, v, g_gamma=-slope, scale=1.0)[0],
-                     "fla retention": lambda q, k, v, *_: chunk_retention(q, k, v, scale=1.0)[0]}            # slopes of its own
-        except ImportError:
-            print("fla is not installed: no peer")
-    for B, T, H, K, length in shapes[1::2] if quick else shapes:
-        B, T, H, K = (B, T, H, K) if device == "cuda" else (1, 128, 2, 32)
-        torch.manual_seed(0)
-        leaves = [torch.randn(B, T, H, K, device=device, dtype=dtype) for _ in range(3)]
-        slope_H = torch.exp2(-8 / H * torch.arange(1, H + 1, device=device))                 # those of the first Lightning layer
-        doc_BT = (torch.arange(T, device=device) // length).expand(B, T) if length else None
-        size, flops = B * T * H * K * leaves[0].element_size(), 4 * B * T * H * K * (64 + K)
-        yield Case("decayed_attention", f"{B}x{T}x{H}x{K}" + " docs" * bool(length), lambda *a: decayed_attention(*a)[0],
-                   lambda *a: decayed_attention_ref(*a)[0], {} if length else peers, leaves, (slope_H, None, doc_BT),
-                   (flops, 3 * flops), (4 * size, 7 * size))
-
-
 # ---- Start-up (what should a run that compiles nothing not wait for?) ----
 
 def skip_dynamo():

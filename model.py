@@ -86,6 +86,8 @@ class ModelConfig(AttentionConfig, MoEConfig):
     logit_softcap: float = 0.0     # logits l become c tanh(l / c); 0 leaves them
     embed_dropout: float = 0.0     # share of the embedded input dropped in training
     resid_dropout: float = 0.0     # share of what a block adds dropped in training
+    z_loss: float = 0.0            # training adds this times (log sum exp of the logits)^2 a token; PaLM takes 1e-4
+    label_smoothing: float = 0.0   # training's targets give this share of their weight to all ids alike
     mtp: int = 0                   # modules that predict tokens further ahead, one each; 0 means none
     mtp_weight: float = 0.3        # weight of their mean loss beside the main one
     mtp_weight_late: float = 0.1   # the same late in a run, which begins
@@ -177,11 +179,11 @@ AT_LEAST = {                       # smallest value of a field, and of those tha
        "sparse_width lrpe_layers n_token_type rope_original attn_softcap logit_softcap clip_qkv attn_scale rope_local_theta start_token "
        "n_dense_layer res_alpha res_beta res_alpha_linear res_beta_linear res_alpha_mlp res_beta_mlp "
        "rope_attn_factor rope_mscale rope_mscale_all embed_grad_shrink embed_dropout resid_dropout attn_dropout mtp mtp_weight "
-       "mtp_weight_late mtp_late",
+       "mtp_weight_late mtp_late z_loss label_smoothing",
 }
 ABOVE_ZERO = "norm_eps init_std rope_theta rope_fraction norm_share logit_scale rope_low rope_high rope_beta_fast rope_beta_slow"
 AT_MOST_ONE = "rope_fraction norm_share embed_grad_shrink mtp_late bias_until"
-BELOW_ONE = "embed_dropout resid_dropout attn_dropout"
+BELOW_ONE = "embed_dropout resid_dropout attn_dropout label_smoothing"
 
 
 def validate(cfg):
@@ -827,32 +829,32 @@ class Model(nn.Module):
         return [self.logits(read) for read in self.mtp_states(state_BTD, tokens, **where)]
 
     def nll_sum(self, x_BTD, targets_BT, weights_BT):
-        """sum of weights * nll, of the states that the head reads."""
-        targets_M, weights_M = targets_BT.flatten(), weights_BT.flatten()
-        if self.head_bias is None and not self.cfg.logit_softcap:
-            return linear_cross_entropy(self.before_head(x_BTD).flatten(0, 1), self.head.weight, targets_M, weights_M)
-        logits_MV = self.logits(x_BTD).flatten(0, 1)             # a bias or a cap: the logits are stored
-        logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
-        nll_M = F.cross_entropy(logits_MV, targets_M, reduction="none", ignore_index=-2**31)  # weights, not ids, leave out
-        return (nll_M * weights_M).sum()
+        """Of the states that the head reads: sum of weights * loss, which in training has the z-loss and smoothed targets, and
+        the sum of weights * nll."""
+        cfg, weights_M = self.cfg, weights_BT.flatten()
+        extra = dict(z_alpha=cfg.z_loss, smoothing=cfg.label_smoothing) if self.training else {}
+        loss_sum, nll_M = linear_cross_entropy(self.before_head(x_BTD).flatten(0, 1), self.head.weight, targets_BT.flatten(), weights_M,
+                                               self.head_bias, cfg.logit_softcap, return_nll=True, **extra)
+        return loss_sum, (nll_M * weights_M).sum()
 
     def loss(self, batch):
         """(sum of weights * nll, sum of weights, metrics): sums, so that micro-batches and ranks add up to one batch. In training
-        the first holds self.mtp_weight times the mean of the MTP modules' sums, too, over the same sum of weights   [DSV3 eq 24, 25];
-        metrics then has [sum, weight] of the nll of the model and of each module, whose targets are its own."""
+        the first holds self.mtp_weight times the mean of the MTP modules' sums, too, over the same sum of weights   [DSV3 eq 24, 25],
+        and z-loss and smoothing; metrics then has [sum, weight] of the nll of the model and of each module, whose targets are its own."""
         texts = [batch[key] for key in (("enc_tokens", "tokens") if self.cfg.arch == "encdec" else ("tokens",))]
         where = {key: batch[key] for key in ("positions", "doc_ids", "prefix_len", "enc_doc_ids", "types") if key in batch}
         x_BTD = self.before_norm(*texts, **where)
         read_BTD, targets, weights, docs, metrics = self.norm(x_BTD), batch["targets"], batch["weights"], batch.get("doc_ids"), {}
-        loss_sum = self.nll_sum(read_BTD, targets, weights)
+        loss_sum, nll_sum = self.nll_sum(read_BTD, targets, weights)
+        if self.training and (self.mtp or self.cfg.z_loss or self.cfg.label_smoothing):
+            metrics["nll"] = torch.stack([nll_sum, weights.sum()])
         if self.mtp and self.training:
-            metrics["nll"] = torch.stack([loss_sum.detach(), weights.sum()])
             states = self.mtp_states(read_BTD if self.cfg.mtp_normed else x_BTD, batch["tokens"], batch.get("positions"), docs)
             for k, state in enumerate(states, 1):
                 same = 1 if docs is None else docs[:, k:] == docs[:, :-k]          # no target in another document
                 ahead, weight = targets[:, k:], weights[:, k:] * same
-                mtp_sum = self.nll_sum(state, ahead, weight)
-                metrics[f"mtp{k}_nll"] = torch.stack([mtp_sum.detach(), weight.sum()])
+                mtp_sum, nll_sum = self.nll_sum(state, ahead, weight)
+                metrics[f"mtp{k}_nll"] = torch.stack([nll_sum, weight.sum()])
                 loss_sum = loss_sum + self.mtp_weight / self.cfg.mtp * mtp_sum
         extra = aux_sum(self, weights.sum(1))
         return loss_sum + extra if self.training else loss_sum, weights.sum(), metrics
@@ -1944,7 +1946,7 @@ def _described(arch, c):
 
 
 TRAINING = (r".*_dropout|init_std|seed|tile|embed_grad_shrink|bias_lr|bias_until|aux_.*|z_alpha|n_device|device_alpha|comm_alpha|dispatch|"
-            "mtp_weight.*|mtp_late")                        # fields that do not change what is computed
+            "mtp_weight.*|mtp_late|z_loss|label_smoothing")  # fields that do not change what is computed
 
 
 def _canonical(cfg):

@@ -51,14 +51,6 @@ def test_extreme_logits_stay_finite():
     assert loss.item() == 2e4 and x_MD.grad.isfinite().all() and w_VD.grad.isfinite().all()
 
 
-def test_no_gradient_is_computed_where_none_is_asked():
-    x_MD, w_VD = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
-    with torch.no_grad():
-        out = torch.ops.flatlm.linear_cross_entropy(x_MD, w_VD, torch.zeros(4, dtype=torch.long), torch.ones(4), False)
-        assert out[1].numel() == out[2].numel() == 0
-        torch.testing.assert_close(out[0], K.linear_cross_entropy(x_MD, w_VD, torch.zeros(4, dtype=torch.long), torch.ones(4)))
-
-
 def test_autocast_runs_the_products_in_half_precision_and_keeps_float32_gradients():
     torch.manual_seed(0)
     x_MD, w_VD = torch.randn(64, 32), torch.randn(50, 32, requires_grad=True)
@@ -69,11 +61,6 @@ def test_autocast_runs_the_products_in_half_precision_and_keeps_float32_gradient
     assert loss.dtype == torch.float32 and w_VD.grad.dtype == torch.float32
     exact = K.linear_cross_entropy_ref(x_MD, w_VD, *rest)
     assert 0 < abs(loss - exact) < 0.02 * exact
-
-
-def test_custom_ops_pass_opcheck():
-    x_MD, w_VD = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.flatlm.linear_cross_entropy.default, (x_MD, w_VD, torch.zeros(4, dtype=torch.long), torch.ones(4), True))
 
 
 def test_dispatch_says_what_runs_and_refuses_what_cannot(monkeypatch):
@@ -120,28 +107,6 @@ torch.library.opcheck(torch.ops.flatlm.rmsnorm.default, (x, None, torch.ones(6, 
 def test_triton_kernels_interpreted():
     pytest.importorskip("triton")
     done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-AHEAD = """
-import kernels as K, triton
-from triton.compiler import ASTSource
-from triton.backends.compiler import GPUTarget
-ptr = "*bf16"
-jobs = [(K._cross_entropy_rows, dict(logit_ptr=ptr, target_ptr="*i64", nll_ptr="*fp32", V="i32", stride="i32"), dict(GRAD=True, BLOCK_V=1024))]
-for kernel, signature, constants in jobs:
-    signature |= {name: "constexpr" for name in constants}
-    for arch in (80, 90):
-        made = triton.compile(ASTSource(kernel, signature=signature, constexprs=constants), target=GPUTarget("cuda", arch, 32))
-        assert made.asm["ptx"], kernel
-"""
-
-
-@pytest.mark.peer
-def test_triton_kernels_compile_ahead_for_gpus():
-    pytest.importorskip("triton")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", AHEAD], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
