@@ -36,7 +36,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import add_rmsnorm, best_ms, decayed_attention, no_autocast, qk_norm_rope, rmsnorm, rope_ref
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels import (Sight, add_rmsnorm, best_ms, decayed_attention, flash, flash_decode, no_autocast, qk_norm_rope, rmsnorm, rope_ref,
+                     takes_triton)
 from tokenizer import UsageError, run_cli
 
 
@@ -422,9 +425,12 @@ def hide(bias, visible, dtype):
     return (torch.zeros_like(visible, dtype=dtype) if bias is None else bias).masked_fill(~visible, -torch.inf)
 
 
-def small_half(dtype, device, S):
-    """In half precision on a CPU, up to 1,024 keys, plain products are about twice as fast as SDPA (attention.py --bench)."""
-    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and S <= 1024
+def small_half(dtype, device, S, masked):
+    """On a CPU plain products win in half precision, up to 640 keys, or 896 where SDPA would have to read a mask. SDPA's time over
+    theirs, forward and backward, process time of one core, B 4, H 6, K 64, causal (and with documents of 200 tokens), bfloat16:
+    3.0 (2.9) at 128 tokens, 1.9 (2.0) at 512, 1.2 (1.6) at 640, 0.8 (1.1) at 896, 0.6 (1.1) at 2,048; float32: 0.9 (1.0) at
+    128, 0.8 (0.7) at 512, 0.3 (0.6) at 2,048."""
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and S <= (896 if masked else 640)
 
 
 def places_in_documents(doc_BS, S, device):
@@ -436,13 +442,18 @@ def places_in_documents(doc_BS, S, device):
     return index_1S - (index_1S * begins_BS).cummax(1).values
 
 
-def seen_keys(cfg, layer, this, q_T1, k_1S):
-    """bool [B or 1, H or 1, T, S], or None where no mask is needed: every key is seen, or every key up to the query's own place,
-    which SDPA knows as is_causal while nothing is cached."""
-    T, S, keys = len(q_T1), k_1S.shape[1], this.past + len(q_T1)
-    fits = not layer.window or keys <= layer.window or this.causal and T == 1
+def seen_plainly(layer, this, T):
+    """Is no mask needed: every key is seen, or every key up to the query's own place, which SDPA knows as is_causal while nothing
+    is cached?"""
+    fits = not layer.window or this.past + T <= layer.window or this.causal and T == 1
     plain = fits and layer.attn not in PATTERNS and this.doc_BS is None and this.prefix_B is None and this.image_BS is None
-    if plain and (not this.causal or T == 1 or not this.past):
+    return plain and (not this.causal or T == 1 or not this.past)
+
+
+def seen_keys(cfg, layer, this, q_T1, k_1S):
+    """bool [B or 1, H or 1, T, S]; None where no mask is needed."""
+    T, S, keys = len(q_T1), k_1S.shape[1], this.past + len(q_T1)
+    if seen_plainly(layer, this, T):
         return None
     see = (k_1S <= q_T1) if this.causal else torch.ones(T, S, dtype=torch.bool, device=k_1S.device)
     see = see[None, None]
@@ -483,9 +494,27 @@ def rope_of(cfg, layer, this, length):
     return Rope(this.positions_BT, dim, inv_freq_J, factor, cfg.rope_layout, dtype)
 
 
+def sight_of(cfg, layer, this, S):
+    """Who sees whom in the words of kernels.Sight, so that no mask is made; None where it has none for it."""
+    both_ways = this.prefix_B is not None or this.image_BS is not None
+    if both_ways or cfg.pos in ("t5", "shaw") or layer.attn in ("star", "global", "random"):
+        return None
+    keys, (stride, width) = this.past + this.positions_BT.shape[1], sparse_sizes(cfg)
+    doc_BS = None if this.doc_BS is None else this.doc_BS[:, keys - S:]
+    place_BS = None
+    if layer.attn in ("blocks", "fixed"):
+        place_BS = places_in_documents(this.doc_BS, keys, this.positions_BT.device)[:, keys - S:]
+    if layer.attn == "local":
+        return Sight(this.causal, min(layer.window or stride, stride), doc_BS)
+    if layer.attn == "blocks":                                   # each is a document
+        return Sight(this.causal, layer.window, (place_BS % stride == 0).cumsum(1))
+    return Sight(this.causal, layer.window, doc_BS, layer.attn if layer.attn in PATTERNS else "", stride, width, place_BS)
+
+
 class Places:
     """What one kind of layer reads of a Pass. `rope` turns heads (`turns`: RoPE is on); `added` joins the scores: a bias, and
-    -inf where a key is hidden (None: no bias and no mask); `stored`: the scores are to be kept in memory."""
+    -inf where a key is hidden (None: no bias and no mask); `sight` is the same for flash (None: it can't); both are made when
+    first asked for. `stored`: the scores are to be kept in memory; `plain`: SDPA needs no mask."""
 
     def __init__(self, cfg, layer, this):
         mixer, past, device = ATTENTION[layer.attn], this.past, this.positions_BT.device
@@ -499,15 +528,32 @@ class Places:
             return
         kept = min(past, layer.window - 1) if layer.window else past                 # what LayerCache holds
         k_1S = torch.arange(past - kept, past + T, device=device)[None]
-        q_T1 = k_1S[:, kept:].T
-        self.distance_TS = k_1S - q_T1
+        self.q_T1, self.k_1S, self.of, self.made = k_1S[:, kept:].T, k_1S, (cfg, layer, this), {}
         changed = cfg.attn_softcap or cfg.sinks or cfg.pos == "shaw"                 # scores that SDPA does not make
-        self.stored = small_half(this.dtype, device, kept + T) or bool(changed)
-        visible = seen_keys(cfg, layer, this, q_T1, k_1S)
-        bias = POSITION_BIAS[cfg.pos](cfg, self.distance_TS, this).to(this.dtype) if cfg.pos in POSITION_BIAS else None
-        if visible is None and this.causal and T > 1 and (self.stored or bias is not None):
-            visible = (self.distance_TS <= 0)[None, None]
-        self.added = hide(bias, visible, this.dtype)
+        self.plain = seen_plainly(layer, this, T) and cfg.pos not in POSITION_BIAS and not changed
+        self.stored = bool(changed) or small_half(this.dtype, device, kept + T, not self.plain)
+        self.slope_H = alibi_slopes(cfg.n_head).to(device) if cfg.pos == "alibi" else None
+
+    @property
+    def distance_TS(self):
+        return self.k_1S - self.q_T1
+
+    @property
+    def sight(self):
+        if "sight" not in self.made:
+            self.made["sight"] = sight_of(*self.of, self.k_1S.shape[1])
+        return self.made["sight"]
+
+    @property
+    def added(self):
+        if "added" not in self.made:
+            cfg, layer, this = self.of
+            visible = seen_keys(cfg, layer, this, self.q_T1, self.k_1S)
+            bias = POSITION_BIAS[cfg.pos](cfg, self.distance_TS, this).to(this.dtype) if cfg.pos in POSITION_BIAS else None
+            if visible is None and this.causal and len(self.q_T1) > 1 and (self.stored or bias is not None):
+                visible = (self.distance_TS <= 0)[None, None]
+            self.made["added"] = hide(bias, visible, this.dtype)
+        return self.made["added"]
 
 
 def places_of_memory(this, memory_doc_BS):
@@ -516,7 +562,8 @@ def places_of_memory(this, memory_doc_BS):
     if memory_doc_BS is not None:
         doc_B1S = memory_doc_BS[:, None]
         visible = (doc_B1S >= 0 if this.doc_BS is None else doc_B1S == this.doc_BS[:, this.past:, None])[:, None]
-    return SimpleNamespace(causal=False, stored=False, added=hide(None, visible, this.dtype))
+    added = hide(None, visible, this.dtype)
+    return SimpleNamespace(causal=False, stored=False, plain=added is None, sight=None, slope_H=None, added=added)
 
 
 # ---- Cache (what is remembered about the past) ----
@@ -632,27 +679,70 @@ def products(q_BHTK, k_BHSK, v_BHSU, added, dropout=0.0, softcap=0.0, sinks=None
     return y_BHTU
 
 
+@torch.compiler.assume_constant_result
+def cudnn_first():
+    """On Hopper cuDNN's attention is up to twice as fast as the one that SDPA picks (pytorch#142132)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def for_heads(x_BGSK, H):
+    """[GQA sec 2.2] the cache shrinks by H/G, the scores do not."""
+    return x_BGSK if x_BGSK.shape[1] == H else x_BGSK.repeat_interleave(H // x_BGSK.shape[1], dim=1)
+
+
+HOPPER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def sdpa(q_BHTK, k_BGSK, v_BGSU, added, dropout, causal, scale):
+    """PyTorch's attention. Without a mask its GPU kernels read the shared keys of a group themselves; elsewhere they are copied."""
+    shared = q_BHTK.is_cuda and added is None and k_BGSK.shape[1] < q_BHTK.shape[1]
+    if not shared:
+        k_BGSK, v_BGSU = (for_heads(t, q_BHTK.shape[1]) for t in (k_BGSK, v_BGSU))
+    run = lambda: F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSU, added, dropout, causal, scale=scale, enable_gqa=shared)
+    if not (q_BHTK.is_cuda and cudnn_first()):
+        return run()
+    with sdpa_kernel(HOPPER, set_priority=True):
+        return run()
+
+
+def flash_runs(q_BTHK, v_BSGU, at, dropout, shaw, widest=256):
+    """Do our kernels cover this, and win? Where nothing is hidden but the future, SDPA is faster."""
+    if not takes_triton(q_BTHK) or dropout or shaw is not None or q_BTHK.dtype == torch.float64:
+        return False
+    return not at.plain and max(q_BTHK.shape[-1], v_BSGU.shape[-1]) <= widest and at.sight is not None
+
+
+def decode_runs(q_BTHK, v_BSGU, at, dropout, shaw):
+    """The same for one query a row, without a gradient. SDPA is left with heads that share no keys."""
+    if q_BTHK.shape[1] > 1 or torch.is_grad_enabled() or at.slope_H is not None:
+        return False
+    at = at if v_BSGU.shape[2] == q_BTHK.shape[2] else SimpleNamespace(plain=False, sight=at.sight)
+    return flash_runs(q_BTHK, v_BSGU, at, dropout, shaw, 1024) and not at.sight.pattern
+
+
 def attend(q_BTHK, k_BSGK, v_BSGU, at, scale, dropout=0.0, softcap=0.0, sinks=None, shaw=None):
     """softmax(scale q k^T + mask) v -> [B, T, H, U]; each key head serves H/G neighbouring query heads.  [AIAYN eq 1]
 
     softcap: scores s become c tanh(s / c). sinks [H]: a logit a head that takes probability and has no value. shaw: vectors of
-    the relative positions, ([2c+1, K] for keys, [2c+1, U] for values, index [T, S]). These need at.stored and take plain
-    products; all else is PyTorch's SDPA, which never stores the scores."""
+    the relative positions, ([2c+1, K] for keys, [2c+1, U] for values, index [T, S]). Our kernels where they run, else these
+    three need at.stored and take plain products; all else is PyTorch's SDPA, which never stores the scores either."""
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
+    if decode_runs(q_BTHK, v_BSGU, at, dropout, shaw):
+        return flash_decode(q_BTHK[:, 0], k_BSGK, v_BSGU, scale, softcap, sinks, at.sight.doc_BS)[:, None]
+    if flash_runs(q_BTHK, v_BSGU, at, dropout, shaw):
+        return flash(q_BTHK, k_BSGK, v_BSGU, at.sight, scale, softcap, sinks, at.slope_H)
     added = None if at.added is None else at.added.to(q_BTHK.dtype)
     if T == 1 and G < H:           # decoding: the H/G queries of a key head are its rows, and no key is copied
         q_BTHK = q_BTHK.view(B, G, H // G, K).transpose(1, 2)
         if added is not None and added.shape[1] > 1:
             added = added.view(added.shape[0], G, H // G, S)
-    elif G < H:                    # [GQA sec 2.2] the cache shrinks by H/G, the scores do not
-        k_BSGK, v_BSGU = (t.repeat_interleave(H // G, dim=2) for t in (k_BSGK, v_BSGU))
-    q_BHTK, k_BHSK, v_BHSU = (t.transpose(1, 2) for t in (q_BTHK, k_BSGK, v_BSGU))
+    q_BHTK, k_BGSK, v_BGSU = (t.transpose(1, 2) for t in (q_BTHK, k_BSGK, v_BSGU))
     if at.stored:
+        k_BHSK, v_BHSU = (for_heads(t, q_BHTK.shape[1]) for t in (k_BGSK, v_BGSU))
         y_BHTU = products(q_BHTK * scale, k_BHSK, v_BHSU, added, dropout, softcap, sinks, shaw)
     else:
         assert not softcap and sinks is None and shaw is None, "these need the scores"
-        causal = at.causal and T > 1 and added is None
-        y_BHTU = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSU, added, dropout, is_causal=causal, scale=scale)
+        y_BHTU = sdpa(q_BHTK, k_BGSK, v_BGSU, added, dropout, at.causal and T > 1 and added is None, scale)
     return y_BHTU.reshape(B, 1, H, -1) if T == 1 else y_BHTU.transpose(1, 2)
 
 
@@ -1156,6 +1246,30 @@ ATTENTION = {                      # flag --attn
     "gdn": GatedDeltaNet,          # the state is corrected, not only added to
     "kda": KDA,                    # the same with a decay a channel
 }
+
+
+# ---- Start-up (which attention will run?) ----
+
+def backends(cfg, plan, device, dtype):
+    """In words, for training rows, which always say where documents end. The tensors here hold one number each."""
+    names = set()
+    for layer in {layer.kind: layer for layer in plan}.values():
+        if ATTENTION[layer.attn].recurrent:
+            names.add("tiles")
+            continue
+        mla, width, T = layer.attn == "mla", head_dim(cfg), cfg.seq_len
+        blank = torch.zeros(1, 1, dtype=torch.long, device=device)
+        K, U = ((cfg.qk_nope_head_dim or width) + MLA.rotary(cfg), cfg.v_head_dim or width) if mla else (width, width)
+        arch = getattr(cfg, "arch", "decoder")
+        prefix_B = blank[0] if arch == "prefix" else None
+        this = Pass(blank.expand(1, T), 0, blank.expand(1, T), arch != "encoder", prefix_B, dtype=dtype)
+        at, like = Places(cfg, layer, this), torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
+        shaw = True if cfg.pos == "shaw" else None
+        if flash_runs(like.expand(1, T, 1, K), like.expand(1, T, 1, U), at, cfg.attn_dropout, shaw):
+            names.add("flash in triton")
+        else:
+            names.add("products" if at.stored else "sdpa" + (", cudnn first" if cudnn_first() and like.is_cuda else ""))
+    return " and ".join(sorted(names))
 
 
 # ---- Demo and bench ----

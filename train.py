@@ -55,6 +55,7 @@ if __name__ == "__main__":
 
 import torch
 
+import attention
 import data
 import dist
 import kernels
@@ -523,6 +524,7 @@ def describe(cfg, model, device, dtype, reason, ranks):
     state = 16 * total                                           # float32 weights, gradients and two moments
     return "\n".join((
         f"device   {name} x {ranks} | {str(dtype)[6:]} ({reason}) | kernels: {kernels.use(cfg.kernels)} | "
+        f"attention: {attention.backends(model.cfg, model.plan, device, dtype)} | "
         f"compile: {'on' if cfg.compile else 'off'} | torch {torch.__version__}",
         f"model    {total:,} parameters" + (f", {active:,} active a token" if active != total else "") + f" ({parts})",
         f"         {cfg.n_layer} layers, {model_lib.flops_per_token(model, cfg.seq_len) / 1e6:,.1f} MFLOPs a token, "
