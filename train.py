@@ -267,7 +267,7 @@ def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_to
 
 FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
                   "top_k", "top_p", "repetition_penalty", "bench", "bench_peer", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
-                  "micro_batch", "device", "dp", "timeout", "kernels", "compile", "steps", "cache_dir", "preset"}
+                  "micro_batch", "ac", "device", "dp", "timeout", "kernels", "compile", "steps", "cache_dir", "preset"}
 OURS = ("config.json", "log.jsonl", "report.html", "tokenizer", "ckpt", "data")
 
 
