@@ -400,7 +400,7 @@ def samples(functions, device, rounds=0, seconds=1.0):
         end.synchronize()
         return start.elapsed_time(end)
 
-    for function in functions * 2:                               # compile, tune, fill the allocator
+    for function in functions:                                   # compile, tune, fill the allocator
         once(function)
     rounds = rounds or min(100, max(5, int(seconds * 1e3 / sum(map(once, functions)))))
     for _ in range(rounds):

@@ -17,6 +17,7 @@ from conftest import FILES, ROOT, run_train
 
 README = (ROOT / "README.md").read_text()
 PACKAGES = {"torch", "numpy", "regex", "tiktoken", "triton"}
+PEERS = {"liger_kernel", "fla"}               # timed beside where they are installed, never needed
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -27,7 +28,7 @@ def test_a_file_imports_only_files_to_its_left(name):
             if module in FILES:
                 assert FILES.index(module) < FILES.index(name), f"{name}.py:{node.lineno} imports {module}"
             else:
-                assert module in PACKAGES or module in sys.stdlib_module_names, f"{name}.py:{node.lineno} imports {module}"
+                assert module in PACKAGES | PEERS or module in sys.stdlib_module_names, f"{name}.py:{node.lineno} imports {module}"
 
 
 def test_the_top_level_holds_the_house_and_nothing_else():
