@@ -488,7 +488,7 @@ def test_every_class_of_op_has_its_share_of_a_step():
 
 def test_bench_times_peers_and_says_which_do_not_run(few_samples, tmp_path, capsys):
     pytest.importorskip("transformers")
-    (tmp_path / "model.py").write_text("class GPTConfig:\n    def __init__(self, **shape): raise RuntimeError('not today')\n")
+    (tmp_path / "model.py").write_text("GPT = None\nclass GPTConfig:\n    def __init__(self, **shape): raise RuntimeError('not today')\n")
     run_train(*TINY_BENCH, f"--bench_peer={tmp_path}")
     said = capsys.readouterr().out
     assert "nanoGPT, float32 as shipped does not run here: RuntimeError: not today" in said
