@@ -108,7 +108,7 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
     repetition_penalty: float = 1.0  # sample: above 1 makes tokens that were there already less likely
     bench: bool = False            # time training steps on random tokens, and stop
     size: str = ""                 # bench: shape of the model, a key of SIZES; other flags override it
-    bench_peer: str = ""           # bench: a nanoGPT checkout to time beside, too; none: not even transformers and litgpt where installed
+    bench_peer: str = ""           # bench: a nanoGPT checkout to time beside; none: nor transformers and litgpt, where installed
 
     @property
     def weights_from(self):
@@ -269,7 +269,8 @@ def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_to
 # ---- Run folder (config, log, checkpoints) ----
 
 FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
-                  "top_k", "top_p", "repetition_penalty", "bench", "bench_peer", "size", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
+                  "top_k", "top_p", "repetition_penalty", "bench", "bench_peer", "size",
+                  "log_every", "eval_every", "eval_tokens", "save_every", "keep",
                   "micro_batch", "ac", "device", "dp", "timeout", "kernels", "compile", "steps", "cache_dir", "preset"}
 OURS = ("config.json", "log.jsonl", "report.html", "tokenizer", "ckpt", "data")
 
@@ -338,7 +339,7 @@ def check_ranges(cfg):
         if not 0 <= value <= 1 or value == 0 and name in ("val_fraction", "top_p") or value == 1 and name in ("val_fraction", "beta1", "beta2"):
             raise UsageError(f"--{name}={value} must lie between 0 and 1, for example {getattr(TrainConfig, name)}")
     if cfg.size and not cfg.bench:
-        raise UsageError(f"--size={cfg.size} is a shape to time; give it --bench, or choose a shape with --n_layer, --n_embd and the like")
+        raise UsageError(f"--size={cfg.size} is a shape to time; give it --bench, or choose one with --n_layer and --n_embd")
     if cfg.subword_alpha and not (cfg.tokenizer or cfg.weights_from or cfg.resume):
         raise UsageError("--subword_alpha samples Unigram tokenizers, and the one trained here is BPE; use --bpe_dropout=0.1, or name "
                          "a Unigram one with --tokenizer")
@@ -595,8 +596,8 @@ def refuse_what_does_not_fit(cfg, device, params):
     need = 16 * params + 32 * cfg.n_embd * cfg.n_layer * batch_shape(cfg, 1)[1] * cfg.seq_len
     there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > there:
-        raise UsageError(f"--bench of {params:,} parameters takes about {need / 1e9:.0f} GB, and {device} has {there / 1e9:.0f}; use a smaller "
-                         f"--size (one of {list(SIZES)}) or --micro_batch")
+        raise UsageError(f"--bench of {params:,} parameters takes about {need / 1e9:.0f} GB, and {device} has {there / 1e9:.0f}; "
+                         f"use a smaller --size (one of {list(SIZES)}) or --micro_batch")
 
 
 def bench(cfg, typed):
