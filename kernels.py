@@ -44,6 +44,7 @@ Run me:      python kernels.py             (errors of every op against float64)
 import functools
 import hashlib
 import inspect
+import json
 import math
 import os
 import time
@@ -54,7 +55,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from tokenizer import UsageError, run_cli
+from tokenizer import Parser, UsageError, run_cli
 
 try:
     import triton
@@ -75,6 +76,9 @@ class KernelConfig:
 
 
 # ---- Dispatch (who runs this op?) ----
+
+Case = namedtuple("Case", "name shape ours ref peers leaves rest flops bytes")       # what bench_<part> yields; see Demo and bench
+
 
 def jit(function):
     """triton.jit, or the bare function where triton is missing (it is then never called)."""
@@ -132,9 +136,6 @@ def to_autocast(x):
 def sharing_programs(x, most):
     """Programs that share a sum over rows: a few for each processor, so that each adds many rows before it writes."""
     return min(most, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3)
-
-
-Case = namedtuple("Case", "name shape ours ref peers leaves rest flops bytes")
 
 
 # ---- rmsnorm (scale a row to unit root mean square) ----
@@ -2361,74 +2362,199 @@ def skip_dynamo():
             vars(wrapped).setdefault("__dynamo_disable", wrapped)
 
 
-# ---- Demo and bench ----
+# ---- Demo and bench (how right is each kernel, and how fast beside what people use?) ----
+
+BENCHES = {                        # part -> f(device, dtype, quick), which yields Cases
+    "rows": bench_rows,
+    "cross entropy": bench_linear_cross_entropy,
+    "flash": bench_flash,
+    "linear": bench_linear,
+    "moe": bench_moe,
+    "optim": bench_optim,
+}
+ERROR_FLOOR = 1e-6                 # an error below it is no error, whatever the reference's
+
 
 def rel_error(got, want):
-    return ((got.double() - want).norm() / want.norm()).item()
+    return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
 
 
-def cases(device, dtype, M, D, V):
-    """name -> (ours, reference, what PyTorch users write, inputs that need gradients, other inputs)."""
-    torch.manual_seed(0)
-    x_MD, w_D = torch.randn(M, D, device=device, dtype=dtype), torch.randn(D, device=device)
-    head_VD = torch.randn(V, D, device=device) / D**0.5
-    targets_M, weights_M = torch.randint(V, (M,), device=device), torch.rand(M, device=device)
+def tensors(out):
+    return [out] if isinstance(out, torch.Tensor) else list(out)
 
-    def plain_ce(x_MD, head_VD, targets_M, weights_M):
-        logits_MV = F.linear(x_MD, head_VD.to(x_MD.dtype)).float()
-        return (F.cross_entropy(logits_MV, targets_M, reduction="none") * weights_M).sum()
 
-    return {
-        "rmsnorm": (rmsnorm, rmsnorm_ref, lambda x, w: F.layer_norm(x, w.shape, w.to(x.dtype)), (x_MD, w_D), ()),
-        "linear_cross_entropy": (linear_cross_entropy, linear_cross_entropy_ref, plain_ce,
-                                 (x_MD, head_VD), (targets_M, weights_M)),
-    }
+def upstream(out):
+    """A gradient for out that differs from place to place, exact in every type; 1 for a loss."""
+    ramp = torch.arange(out.numel(), device=out.device).view(out.shape) % 17 - 8
+    return torch.ones_like(out) if out.numel() == 1 else (ramp / 8).to(out.dtype)
 
 
 def value_and_grads(function, leaves, rest, dtype=None):
-    leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in leaves]
-    out = function(*leaves, *rest)
-    out.backward(torch.ones_like(out))
-    return [out.detach(), *(leaf.grad for leaf in leaves)]
+    """What function(*leaves, *rest) returns, and the gradient of every leaf; in `dtype`, all leaves made so. Without leaves
+    the floats of the rest are made so, and there is no gradient."""
+    to = lambda t: t.to(dtype or t.dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+    leaves, rest = [to(leaf.detach()).requires_grad_() for leaf in leaves], rest if leaves else [to(t) for t in rest]
+    outs = tensors(function(*leaves, *rest))
+    if graph := [out for out in outs if out.requires_grad]:
+        torch.autograd.backward(graph, [upstream(out) for out in graph])
+    return [out.detach() for out in outs] + [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
-def main(argv):
-    bench = argv == ["--bench"]
-    if argv and not bench:
-        raise UsageError(f"kernels.py takes --bench or nothing, not {' '.join(argv)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{name} | torch {torch.__version__} | triton {triton.__version__ if triton else '--'} | kernels: {use(_choice)}")
-    M, D, V = (16384, 2048, 50304) if device == "cuda" else (3072, 384, 4096) if bench else (256, 64, 300)
-    print(f"M {M}, D {D}, V {V}; relative error against float64 of the value and of each gradient\n")
-    print(f"{'op':22s} {'type':9s} {'error':>8s} {'torch':>8s}" + (f" {'ms':>9s} {'torch ms':>9s} {'ratio':>6s}" if bench else ""))
-    for dtype in (torch.float32, torch.bfloat16):
-        if INTERPRET and dtype == torch.bfloat16:
-            print("bfloat16 is left out: Triton's interpreter computes it wrongly")
-            continue
-        for op, (ours, ref, plain, leaves, rest) in cases(device, dtype, M, D, V).items():
-            want = value_and_grads(ref, leaves, rest, torch.float64)
-            worst = lambda f: max(map(rel_error, value_and_grads(f, leaves, rest), want))
-            line = f"{op:22s} {str(dtype)[6:]:9s} {worst(ours):8.1e} {worst(ref):8.1e}"
-            if bench:
-                mine, theirs = best_ms([lambda: value_and_grads(ours, leaves, rest), lambda: value_and_grads(plain, leaves, rest)], device)
-                line += f" {mine:9.3f} {theirs:9.3f} {theirs / mine:6.2f}"
-            print(line, flush=True)
-    if bench:
-        print("\nms: forward and backward, median of 20, interleaved; torch ms: F.layer_norm and F.linear + F.cross_entropy")
+def errors(case):
+    """[(ours, the reference's in the same type)] of every value and gradient, against the reference in float64."""
+    want = value_and_grads(case.ref, case.leaves, case.rest, torch.float64)
+    both = (value_and_grads(f, case.leaves, case.rest) for f in (case.ours, case.ref))
+    return [(rel_error(ours, exact), rel_error(ref, exact)) for ours, ref, exact in zip(*both, want)]
+
+
+def samples(functions, device, rounds=0, seconds=1.0):
+    """[times in ms, sorted] of each function, called in turn so that a change of clock or load meets all of them: 5 to 100 rounds,
+    as many as fit `seconds`. On a GPU between events, the L2 cache swept before each; on a CPU the time of all its threads."""
+    times, cuda = [[] for _ in functions], torch.device(device).type == "cuda"
+    sweep = torch.empty(256 << 20, dtype=torch.int8, device=device) if cuda else None
+
+    def once(function):
+        if not cuda:
+            start = time.process_time()
+            function()
+            return (time.process_time() - start) * 1e3
+        sweep.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    for function in functions:                                   # compile, tune, fill the allocator
+        once(function)
+    rounds = rounds or min(100, max(5, int(seconds * 1e3 / sum(map(once, functions)))))
+    for _ in range(rounds):
+        for function, kept in zip(functions, times):
+            kept.append(once(function))
+    return [sorted(kept) for kept in times]
 
 
 def best_ms(functions, device, rounds=20):
-    """Median time of each function in ms, called in turn so that a change of clock or load meets all of them."""
-    times = [[] for _ in functions]
-    for i in range(rounds + 3):
-        for function, kept in zip(functions, times):
-            start = time.perf_counter()
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            kept += [(time.perf_counter() - start) * 1e3] * (i >= 3)
-    return [sorted(kept)[len(kept) // 2] for kept in times]
+    """Median time of each function in ms."""
+    return [kept[len(kept) // 2] for kept in samples(functions, device, rounds)]
+
+
+def copy_rate(device):
+    """Bytes a second that a copy reads and writes."""
+    x = torch.ones((1 << 28) if device == "cuda" else 1 << 24, device=device)
+    y = torch.empty_like(x)
+    return 8 * len(x) / best_ms([lambda: y.copy_(x)], device)[0] * 1e3
+
+
+def matmul_rate(device, dtype):
+    """FLOPs a second of a large product of random numbers (zeros would draw less power, and so run faster)."""
+    n = 8192 if device == "cuda" else 1024
+    x, y = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n**3 / best_ms([lambda: x @ y], device)[0] * 1e3
+
+
+def passes(case):
+    """{"fwd", "bwd", "f+b": function -> what to time}. Where backward has no work of its own (bytes and FLOPs 0) only the last."""
+    leaves = [leaf.detach().requires_grad_() for leaf in case.leaves]
+    run = lambda f: tensors(f(*leaves, *case.rest))
+    graph = lambda f: [out for out in run(f) if out.requires_grad]
+    grads = lambda outs, ups, **how: torch.autograd.grad(outs, leaves, ups, allow_unused=True, **how)
+    if not leaves or not (ups := [upstream(out) for out in graph(case.ours)]):
+        return {"fwd": lambda f: lambda: run(f)}
+    both = {"f+b": lambda f: lambda: grads(graph(f), ups)}
+    return both if not (case.flops[1] or case.bytes[1]) else {
+        "fwd": lambda f: lambda: run(f), "bwd": lambda f: (lambda outs: lambda: grads(outs, ups, retain_graph=True))(graph(f))} | both
+
+
+def rivals(case, device, quick):
+    """{name: function}: the case's peers, the reference and, on a GPU, that compiled; without those that do not run here."""
+    found = {"reference": case.ref} | case.peers
+    if device == "cuda" and not quick:
+        torch._dynamo.reset()
+        modes = {"compiled": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+        found |= {name: torch.compile(case.ref, mode=mode, dynamic=False) for name, mode in modes.items()}
+    for name, function in list(found.items()):
+        try:
+            value_and_grads(function, case.leaves, case.rest)
+        except Exception as error:                               # of somebody else's code anything may come
+            print(f"  {name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}")
+            del found[name]
+    return found
+
+
+def rows_of(case, device, quick, rates):
+    """Yield a row {column: value} for each pass of a case: correctness first, and no time for what is wrong."""
+    row = dict(kernel=case.name, shape=str(case.shape))
+    ratios = [ours / max(ref, ERROR_FLOOR / 2) for ours, ref in errors(case)]
+    if not max(ratios) <= 2:                                     # a nan fails, too
+        yield row | {"pass": "FAIL", "err/ref": max(ratios)}
+        return
+    peers = rivals(case, device, quick)
+    for i, (name, timed) in enumerate(passes(case).items()):
+        if quick and name == "bwd":
+            continue
+        ours, *theirs = samples([timed(f) for f in (case.ours, *peers.values())], device, seconds=0.5 if quick else 2.0)
+        p20, ms, p80 = (ours[int(len(ours) * q)] for q in (0.2, 0.5, 0.8))
+        part = {"fwd": slice(0, 1), "bwd": slice(1, 2), "f+b": slice(0, 2)}[name]
+        least = {bound: sum(n or 0 for n in work[part]) / rate * 1e3 for bound, work, rate in
+                 zip(("copy", "gemm"), (case.bytes, case.flops), rates)}
+        bound = max(least, key=least.get)
+        medians = {peer: times[len(times) // 2] for peer, times in zip(peers, theirs)}
+        best = min(medians, key=medians.get)
+        yield row | {"pass": name, "ms": ms, "p20": p20, "p80": p80, "bound": bound, "of bound": least[bound] / ms,
+                     "err/ref": max(ratios), "best peer ms": medians[best], "best peer": best, "ratio": medians[best] / ms}
+
+
+def bench(device, quick, only, file):
+    """Print the table, a row a pass; `file` gets them as JSON lines. -> number of cases that FAIL."""
+    failed, copy = 0, copy_rate(device)
+    print("ms: median, " + ("events, L2 swept" if device == "cuda" else "processor time of all threads")
+          + ", all in turn; of bound: the least time by copy or matmul over ours; err/ref: largest over value and gradients\n")
+    for dtype in (torch.bfloat16,) if quick or device == "cuda" else (torch.float32, torch.bfloat16):
+        matmul = matmul_rate(device, dtype)
+        print(f"{str(dtype)[6:]}: copy {copy / 1e9:,.1f} GB/s | matmul {matmul / 1e12:,.2f} TFLOP/s\n"
+              f"{'kernel':22s} {'shape':26s} pass {'ms':>9s} {'[p20':>9s} {'p80]':>9s} bound of bound err/ref {'best peer ms':>12s} ratio", flush=True)
+        for case in (case for part in only for case in BENCHES[part](device, dtype, quick)):
+            for row in rows_of(case, device, quick, (copy, matmul)):
+                line = f"{row['kernel']:22s} {row['shape']:26s} {row['pass']:4s} "
+                failed += row["pass"] == "FAIL"
+                print(line + (f"error {row['err/ref']:.1f} times the reference's" if row["pass"] == "FAIL" else
+                      f"{row['ms']:9.3f} {row['p20']:9.3f} {row['p80']:9.3f} {row['bound']:5s} {row['of bound']:8.2f} {row['err/ref']:7.1f} "
+                      f"{row['best peer ms']:12.3f} {row['ratio']:5.2f} {row['best peer']}"), flush=True)
+                if file:
+                    with open(file, "a") as out:
+                        out.write(json.dumps(row | dict(dtype=str(dtype)[6:], device=device_name(device), torch=torch.__version__)) + "\n")
+        print(f"matmul at the end {matmul_rate(device, dtype) / matmul:.2f} of that at the start: the clock " "of this table\n")
+    return failed
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def main(argv):
+    parser = Parser(prog="kernels.py", usage="kernels.py [--bench [part ...] [--quick] [--json=FILE]]",
+                    description="Errors of every kernel against float64, and their times beside what PyTorch users write.")
+    parser.add_argument("parts", nargs="*", help=f"of these alone: {', '.join(BENCHES)}")
+    parser.add_argument("--bench", action="store_true", help="time them")
+    parser.add_argument("--quick", action="store_true", help="small shapes, fewer passes and rounds")
+    parser.add_argument("--json", metavar="FILE", default="", help="append each row as a JSON line")
+    args = parser.parse_args(argv)
+    if wrong := [part for part in args.parts if part not in BENCHES]:
+        raise UsageError(f"there is no part {wrong[0]!r} to bench; use one of {list(BENCHES)}")
+    if INTERPRET and args.bench:
+        raise UsageError("--bench would time Triton's interpreter; run it without TRITON_INTERPRET=1")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{device_name(device)} | torch {torch.__version__} | triton {triton.__version__ if triton else '--'} | kernels: {use(_choice)}")
+    if args.bench:
+        return bench(device, args.quick, args.parts or BENCHES, args.json)
+    print(f"relative error against float64, the largest over the value and each gradient\n\n{'op':22s} {'shape':26s} {'type':9s} {'error':>8s} {'torch':>8s}")
+    for part in args.parts or BENCHES:
+        for dtype in (torch.float32,) if INTERPRET else (torch.float32, torch.bfloat16):         # whose bfloat16 is wrong
+            case = next(BENCHES[part](device, dtype, True))
+            ours, ref = (max(column) for column in zip(*errors(case)))
+            print(f"{case.name:22s} {str(case.shape):26s} {str(dtype)[6:]:9s} {ours:8.1e} {ref:8.1e}", flush=True)
 
 
 if __name__ == "__main__":

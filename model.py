@@ -11,15 +11,16 @@ computed from the token alone. Everything that differs between GPT-2, BERT, T5, 
     SwiGLU(x) = W_down (silu(W_gate x) * W_up x)               gated                                        [GLU eq 6]
     and in general, for each of the two:   x = after( alpha x + beta post( f( pre(x) ) ) )                   (--norm_at)
 
-Contents:    config and presets | norms | activations and MLP | block | multi-token prediction | initial weights | generation |
-             Model | sizes | drawing | Hugging Face folders | demo and command line
+Contents:    config and presets | norms | activation checkpointing | activations and MLP | block | multi-token prediction | initial weights |
+             generation | Model | sizes | drawing | Hugging Face folders | demo and command line
 Shapes:      B batch, T queries, S source tokens, D n_embd, F d_ff, V vocab, M rows (B T flattened)
 References:
     [GPT2]   Language Models are Unsupervised Multitask Learners, OpenAI 2019
     [GELU] 1606.08415; [GLU] GLU Variants Improve Transformer, 2002.05202; [Swish] 1710.05941; [Mish] 1908.08681;
     [Primer] 2109.08668; [LN] Layer Normalization, 1607.06450; [RMS] RMSNorm, 1910.07467; [GN] Group Normalization, 1803.08494;
     [TNL] TransNormerLLM, 2307.14995; [DeepNet] 2203.00555; [GLM130B] 2210.02414; [CTRL] 1909.05858; [PaLM] 2204.02311;
-    [DSV3] DeepSeek-V3 Technical Report, 2412.19437; [Spec] Speculative Decoding, 2211.17192; [Upcycle] 2212.05055
+    [DSV3] DeepSeek-V3 Technical Report, 2412.19437; [Spec] Speculative Decoding, 2211.17192; [Upcycle] 2212.05055;
+    [Sublinear] Training Deep Nets with Sublinear Memory Cost, 1604.06174; [Recompute] Reducing Activation Recomputation, 2205.05198
 Run me:      python model.py                               (presets and a first generation)
              python model.py --describe --preset=llama     (what it costs; any flags, or a Hugging Face folder)
              python model.py --draw=out.svg --attn=mla     (every tensor to scale)
@@ -44,6 +45,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import dist
 from attention import (ATTENTION, FEATURE_MAPS, PATTERNS, POSITION_BIAS, POSITIONS, QK_NORMS, ROPE_LAYOUTS, ROPE_SCALINGS,
@@ -88,6 +90,7 @@ class ModelConfig(AttentionConfig, MoEConfig):
     resid_dropout: float = 0.0     # share of what a block adds dropped in training
     z_loss: float = 0.0            # training adds this times (log sum exp of the logits)^2 a token; PaLM takes 1e-4
     label_smoothing: float = 0.0   # training's targets give this share of their weight to all ids alike
+    ac: str = "none"               # activation checkpointing: what backward computes again instead of keeping, a key of AC
     mtp: int = 0                   # modules that predict tokens further ahead, one each; 0 means none
     mtp_weight: float = 0.3        # weight of their mean loss beside the main one
     mtp_weight_late: float = 0.1   # the same late in a run, which begins
@@ -192,7 +195,7 @@ def validate(cfg):
         raise UsageError(f"--{name}={getattr(cfg, name)} {rule}, for example {getattr(ModelConfig, name)}")
 
     tables = dict(attn=ATTENTION, norm=NORMS, norm_at=PLACEMENTS, act=ACTIVATIONS, pos=POSITIONS, arch=ARCHS,
-                  rope_scaling=ROPE_SCALINGS, rope_layout=ROPE_LAYOUTS, qk_norm=QK_NORMS, feature_map=FEATURE_MAPS) | CHOICES
+                  rope_scaling=ROPE_SCALINGS, rope_layout=ROPE_LAYOUTS, qk_norm=QK_NORMS, feature_map=FEATURE_MAPS, ac=AC) | CHOICES
     for name, table in tables.items():
         if getattr(cfg, name) not in table:
             raise UsageError(f"--{name}={getattr(cfg, name)} is not known; use one of {list(table)}")
@@ -216,6 +219,8 @@ def validate(cfg):
                          "for example 1 and 32")
     if cfg.norm_one_plus and cfg.norm != "rms":
         raise UsageError(f"--norm_one_plus is for --norm=rms, not {cfg.norm}; leave it out")
+    if cfg.norm == "batch" and cfg.ac != "none":
+        raise UsageError(f"--ac={cfg.ac} runs norms twice, and --norm=batch would count each batch twice; use --ac=none")
     if cfg.moe:
         validate_moe(cfg)
     if cfg.mtp and (cfg.arch != "decoder" or cfg.headless or cfg.mtp >= cfg.seq_len):
@@ -365,6 +370,59 @@ NORMS = {                          # flag --norm
 }
 
 
+# ---- Activation checkpointing (what is computed again instead of kept?) ----
+
+# Backward needs what forward computed, and of L blocks that is most of the memory. Whatever is cheap to make again from something
+# that is kept anyway need not be kept. All of these give the same loss and gradients, to the bit on one device.
+
+AC = {                             # flag --ac: backward computes again
+    "none": "nothing",
+    "norm": "what the norm before a sublayer and the activation of an MLP gave",
+    "selective": "a block without its matrix products and attention",                                              # [Recompute]
+    "full": "a whole block from its input: a third more work, one tensor a block is kept",                         # [Sublinear]
+}
+
+
+@contextlib.contextmanager
+def forgotten(f, *inputs, when):
+    """y = f(*inputs), which is not kept for backward: what would save it inside `with` saves the way to make it again."""
+    y = f(*inputs)
+    if not (when and torch.is_grad_enabled()):
+        yield y
+        return
+    home, kind, kept, made = y.untyped_storage().data_ptr(), y.device.type, [t.detach() for t in inputs], []
+    cast = dict(enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
+
+    def pack(t):
+        return (t.size(), t.stride(), t.storage_offset()) if t.untyped_storage().data_ptr() == home else t
+
+    def unpack(t):
+        if isinstance(t, torch.Tensor):
+            return t
+        if not made:                                             # once for all that ask; it goes when the last of them is done
+            with torch.no_grad(), torch.autocast(kind, **cast):
+                made.append(f(*kept))
+        return made[0].as_strided(*t)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield y
+
+
+def keep_products(cfg, ctx, op, *args, **options):
+    """Policy of --ac=selective. Attention's scores are not kept, which are wider than what they are made of, nor an op that draws
+    its own dropout: left out the second time, it would leave other numbers to those after it."""
+    scores = op.name() == "aten::bmm" and args[0].shape[2] < min(args[0].shape[1], args[1].shape[2])
+    draws = cfg.attn_dropout and torch.Tag.nondeterministic_seeded in op.tags
+    keep = re.search("mm|linear|attention|flash|lightning", op.name()) and not scores and not draws
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_options(cfg):
+    """What torch.utils.checkpoint is told of a block, or None where blocks keep what they compute."""
+    selective = dict(context_fn=partial(create_selective_checkpoint_contexts, partial(keep_products, cfg)))
+    return dict(selective=selective, full={}).get(cfg.ac)
+
+
 # ---- Activations and MLP (what does a token do alone?) ----
 
 class Swish(nn.Module):
@@ -418,11 +476,15 @@ class MLP(nn.Module):
             self.w_gate = nn.Linear(cfg.n_embd, d_ff, bias=cfg.mlp_bias)
         self.w_up = nn.Linear(cfg.n_embd, d_ff, bias=cfg.mlp_bias)
         self.w_down = nn.Linear(d_ff, cfg.n_embd, bias=cfg.mlp_bias)
+        self.forgets = cfg.ac == "norm"
+
+    def activated(self, *inner):
+        return gated(*inner, self.kind) if self.gated else self.act(*inner)
 
     def forward(self, x_BTD):
-        if self.gated:
-            return self.w_down(gated(self.w_gate(x_BTD), self.w_up(x_BTD), self.kind))
-        return self.w_down(self.act(self.w_up(x_BTD)))
+        inner = [w(x_BTD) for w in ((self.w_gate, self.w_up) if self.gated else (self.w_up,))]
+        with forgotten(self.activated, *inner, when=self.forgets) as h_BTF:
+            return self.w_down(h_BTF)
 
 
 # ---- Block (read, then think) ----
@@ -467,11 +529,11 @@ class Residual(nn.Module):
         alpha, beta = factors
         self.sum = torch.add if factors == (1, 1) else lambda x_BTD, y_BTD: alpha * x_BTD + beta * y_BTD
         self.plain = cfg.norm == "rms" and cfg.norm_at == "pre" and factors == (1, 1) and not cfg.resid_dropout    # x + f(norm x)
-        self.dropout = nn.Dropout(cfg.resid_dropout)
+        self.dropout, self.forgets = nn.Dropout(cfg.resid_dropout), cfg.ac == "norm" and "pre" in has
 
     def forward(self, x_BTD, f, *args):
-        h_BTD = self.pre(x_BTD)
-        y_BTD = self.dropout(self.post(f(h_BTD, *args)))
+        with forgotten(self.pre, x_BTD, when=self.forgets) as h_BTD:
+            y_BTD = self.dropout(self.post(f(h_BTD, *args)))
         return self.after(self.sum(h_BTD if self.onto_norm else x_BTD, y_BTD))
 
 
@@ -488,10 +550,16 @@ class Block(nn.Module):
             plain = replace(cfg, pos="none", sinks=False, attn_softcap=0.0)
             self.cross, self.res_cross = Cross(plain, replace(layer, window=0)), Residual(cfg, factors(""))
         self.mlp = (MoE if layer.moe else MLP)(cfg, hidden_width(cfg))
-        self.res2 = Residual(cfg, factors("_mlp"))
-        self.fused = self.res1.plain and self.res2.plain and self.cross is None      # a sum and the norm after it in one pass
+        self.res2, self.again = Residual(cfg, factors("_mlp")), checkpoint_options(cfg)
+        # a sum and the norm after it in one pass
+        self.fused = self.res1.plain and self.res2.plain and self.cross is None and cfg.ac != "norm"
 
-    def forward(self, x_BTD, at, cache=None, memory_BSD=None, at_memory=None, cross_cache=None):
+    def forward(self, x_BTD, at, cache=None, *more):
+        if self.again is not None and torch.is_grad_enabled() and cache is None:
+            return checkpoint(self.run, x_BTD, at, cache, *more, use_reentrant=False, **self.again)
+        return self.run(x_BTD, at, cache, *more)
+
+    def run(self, x_BTD, at, cache=None, memory_BSD=None, at_memory=None, cross_cache=None):
         if self.fused:
             x_BTD, h_BTD = self.res2.pre.after_adding(x_BTD, self.attn(self.res1.pre(x_BTD), at, cache))
             return x_BTD + self.mlp(h_BTD)
@@ -655,6 +723,12 @@ def pick(logits_BV, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 
 # ---- Model (decoder, encoder, or both) ----
 
+def places_of(cfg, plan, this):
+    """{kind of layer: its Places}, made once for all layers of a kind."""
+    return {kind: Places(cfg, layer, this) for kind, layer in {layer.kind: layer for layer in plan}.items()}
+
+
+
 class Model(nn.Module):
     """m(tokens [B, T]) -> logits [B, T, V]; an encoder-decoder: m(source [B, S], decoder tokens [B, T]) -> [B, T, V];
     m.loss(batch) -> (loss_sum, weight_sum, metrics); m.generate(tokens, n)."""
@@ -738,7 +812,7 @@ class Model(nn.Module):
         positions = places_in_documents(doc_ids, source_BS.shape[1], source_BS.device)
         this = Pass(positions, doc_BS=doc_ids, causal=False, rel_bias=self.enc_rel_bias, dtype=self.compute_dtype)
         x_BSD = self.embedded(source_BS, positions)
-        places = {layer.kind: Places(self.cfg, layer, this) for layer in self.enc_plan}
+        places = places_of(self.cfg, self.enc_plan, this)
         for block, layer in zip(self.enc_blocks, self.enc_plan):
             x_BSD = block(x_BSD, places[layer.kind])
         return self.dropout(self.enc_norm(x_BSD))
@@ -773,7 +847,7 @@ class Model(nn.Module):
         if cache and dec is not None:
             cache.memory = memory, enc_doc_ids
         x_BTD = self.embedded(tokens, this.positions_BT, types, embeds, image)
-        places = {layer.kind: Places(self.cfg, layer, this) for layer in self.plan}
+        places = places_of(self.cfg, self.plan, this)
         for i, (block, layer) in enumerate(zip(self.blocks, self.plan)):
             own, cross = (cache.layers[i], cache.cross[i]) if cache else (None, None)
             x_BTD = block(x_BTD, places[layer.kind], own, memory, at_memory, cross)
@@ -1945,7 +2019,7 @@ def _described(arch, c):
     return hf
 
 
-TRAINING = (r".*_dropout|init_std|seed|tile|embed_grad_shrink|bias_lr|bias_until|aux_.*|z_alpha|n_device|device_alpha|comm_alpha|dispatch|"
+TRAINING = (r"ac|.*_dropout|init_std|seed|tile|embed_grad_shrink|bias_lr|bias_until|aux_.*|z_alpha|n_device|device_alpha|comm_alpha|dispatch|"
             "mtp_weight.*|mtp_late|z_loss|label_smoothing")  # fields that do not change what is computed
 
 

@@ -25,6 +25,7 @@ Run me:      python train.py                                   (trains on this P
 import contextlib
 import dataclasses
 import html
+import importlib.util
 import json
 import math
 import os
@@ -32,6 +33,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +108,8 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
     top_p: float = 1.0             # sample: choose among the fewest tokens that reach this probability
     repetition_penalty: float = 1.0  # sample: above 1 makes tokens that were there already less likely
     bench: bool = False            # time training steps on random tokens, and stop
-    bench_peer: str = ""           # bench: a nanoGPT checkout to time beside, step by step
+    size: str = ""                 # bench: shape of the model, a key of SIZES; other flags override it
+    bench_peer: str = ""           # bench: a nanoGPT checkout to time beside; none: nor transformers and litgpt, where installed
 
     @property
     def weights_from(self):
@@ -267,8 +270,9 @@ def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_to
 # ---- Run folder (config, log, checkpoints) ----
 
 FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
-                  "top_k", "top_p", "repetition_penalty", "bench", "bench_peer", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
-                  "micro_batch", "device", "dp", "timeout", "kernels", "compile", "steps", "cache_dir", "preset"}
+                  "top_k", "top_p", "repetition_penalty", "bench", "bench_peer", "size",
+                  "log_every", "eval_every", "eval_tokens", "save_every", "keep",
+                  "micro_batch", "ac", "device", "dp", "timeout", "kernels", "compile", "steps", "cache_dir", "preset"}
 OURS = ("config.json", "log.jsonl", "report.html", "tokenizer", "ckpt", "data")
 
 
@@ -288,7 +292,7 @@ def settle_config(typed):
     """The full config of this command: defaults, preset, the resumed run's own flags, what was typed; and all checks
     that need no data and no device."""
     preset = typed.get("preset", "")
-    given = dict(PRESETS[preset]) | typed if preset else typed
+    given = PRESETS.get(preset, {}) | SIZES.get(typed.get("size"), {}) | typed
     cfg = TrainConfig(**given)
     saved = read_run(cfg.out_dir) if not cfg.overwrite else None
     if cfg.resume and cfg.resume != "latest":
@@ -335,6 +339,8 @@ def check_ranges(cfg):
         value = getattr(cfg, name)
         if not 0 <= value <= 1 or value == 0 and name in ("val_fraction", "top_p") or value == 1 and name in ("val_fraction", "beta1", "beta2"):
             raise UsageError(f"--{name}={value} must lie between 0 and 1, for example {getattr(TrainConfig, name)}")
+    if cfg.size and not cfg.bench:
+        raise UsageError(f"--size={cfg.size} is a shape to time; give it --bench, or choose one with --n_layer and --n_embd")
     if cfg.subword_alpha and not (cfg.tokenizer or cfg.weights_from or cfg.resume):
         raise UsageError("--subword_alpha samples Unigram tokenizers, and the one trained here is BPE; use --bpe_dropout=0.1, or name "
                          "a Unigram one with --tokenizer")
@@ -557,7 +563,7 @@ def plan(cfg, typed):
         print(describe(cfg, model_lib.meta_model(cfg), world.device, dtype, reason, ranks), flush=True)
 
 
-# ---- Sample and bench ----
+# ---- Sample ----
 
 def sample(cfg, typed):
     world = dist.init(cfg)
@@ -576,70 +582,162 @@ def sample(cfg, typed):
         print(f"--- sample {number + 1} of {cfg.n_samples}\n{text}", flush=True)
 
 
+
+# ---- Bench (how fast is a step, and where does it go?) ----
+
+SIZES = {                          # flag --size: 16,384 tokens at once
+    "124m": dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, vocab_size=50304, micro_batch=16, tokens_per_step=16384),
+    "350m": dict(n_layer=24, n_head=16, n_embd=1024, seq_len=1024, vocab_size=50304, micro_batch=16, tokens_per_step=16384),
+    "1.3b": dict(n_layer=24, n_head=16, n_embd=2048, seq_len=2048, vocab_size=50304, micro_batch=8, tokens_per_step=16384),
+}
+
+OP_CLASSES = {                     # the first whose pattern an op or one of its callers matches; the rest is norms and elementwise
+    "optimizer": r"optimizer|adamw|_foreach_", "head and loss": r"cross_entropy|nll_loss|log_softmax",
+    "attention": r"attention|flash|softmax|bmm|decayed", "matmul": r"(^|/)aten::_?(add|grouped_)?mm(/|$)",
+}
+
+
+def refuse_what_does_not_fit(cfg, device, params):
+    """Weights, gradients and two moments in float32, and 32 bytes a channel, token and layer of activations."""
+    need = 16 * params + 32 * cfg.n_embd * cfg.n_layer * batch_shape(cfg, 1)[1] * cfg.seq_len
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > there:
+        raise UsageError(f"--bench of {params:,} parameters takes about {need / 1e9:.0f} GB, and {device} has {there / 1e9:.0f}; "
+                         f"use a smaller --size (one of {list(SIZES)}) or --micro_batch")
+
+
 def bench(cfg, typed):
-    """Tokens per second of whole training steps (forward, backward, clip, update) on random tokens: ours, and a nanoGPT
-    checkout's model with its own optimizer as shipped and under the same autocast, step by step in turn."""
+    """Whole training steps (forward, backward, clip, update) on random tokens: ours and those of other programs, in turn."""
     world = dist.init(cfg)
-    kernels.use(cfg.kernels)
-    dtype, _ = compute_dtype(cfg, world.device)
-    rows, micro, accumulate = batch_shape(cfg, world.size)
-    B, T = micro, cfg.seq_len
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(cfg.vocab_size, (B, T + 1), generator=g)
+    device, (dtype, _), (B, T) = world.device, compute_dtype(cfg, world.device), (batch_shape(cfg, world.size)[1], cfg.seq_len)
+    refuse_what_does_not_fit(cfg, device, sum(p.numel() for p in model_lib.meta_model(cfg).parameters()))
+    ids = torch.randint(cfg.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0))
     batch = dict(tokens=ids[:, :-1].contiguous(), targets=ids[:, 1:].contiguous(), weights=torch.ones(B, T),
                  positions=torch.arange(T).expand(B, T).contiguous(), doc_ids=torch.zeros(B, T, dtype=torch.long))
-    batch = {name: t.to(world.device) for name, t in batch.items()}
-    model = Model(cfg).to(world.device)
-    step = compiled_step(model, cfg, world)
-    optimizer = OPTIMIZERS[cfg.optimizer](model, cfg)
+    batch = {name: t.to(device) for name, t in batch.items()}
+    model = Model(cfg).to(device)
+    loss_fn = compiled_step(model, cfg, world)
 
-    def ours(dtype=dtype):
-        with autocast(world.device, dtype):
-            loss_sum, weight, _ = step(batch)
-        (loss_sum / weight).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss_sum.item()
+    def mean_loss():
+        loss_sum, weight, _ = loss_fn(batch)
+        return loss_sum / weight
 
-    runs = {f"this repo, {str(dtype)[6:]}": ours}
-    if cfg.bench_peer:
-        runs |= _nanogpt_steps(cfg, batch, world.device, dtype)
-    print(f"{torch.cuda.get_device_name() if world.device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'} | torch "
-          f"{torch.__version__} | {cfg.n_layer} layers, n_embd {cfg.n_embd}, {B} rows of {T}, vocabulary {cfg.vocab_size}, "
-          f"attn {cfg.attn}, act {cfg.act}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    times = kernels.best_ms(list(runs.values()), world.device.type)
-    for name, ms in zip(runs, times):
-        print(f"{name:36s} {ms:9.1f} ms/step {B * T / ms * 1e3:12,.0f} tok/s   {ms / times[0]:5.2f}x our time", flush=True)
-
-
-def _nanogpt_steps(cfg, batch, device, dtype):
-    import importlib.util
-    path = Path(cfg.bench_peer) / "model.py"
-    if not path.is_file():
-        raise UsageError(f"--bench_peer={cfg.bench_peer} holds no model.py; give a checkout of nanoGPT")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    peer_lib = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = peer_lib                      # its dataclass looks itself up there
-    spec.loader.exec_module(peer_lib)
-    steps = {}
-    for kind in dict.fromkeys((torch.float32, dtype)):
-        with contextlib.redirect_stdout(None):
-            peer = peer_lib.GPT(peer_lib.GPTConfig(block_size=cfg.seq_len, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer,
-                                                   n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=0.0, bias=False)).to(device)
-            optimizer = peer.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
-
-        def step(peer=peer, optimizer=optimizer, kind=kind):
-            with autocast(device, kind):
-                _, loss = peer(batch["tokens"], batch["targets"])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+    def stepping(net, loss, optimizer, dtype):
+        def step():
+            with autocast(device, dtype):
+                value = loss()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            return loss.item()
+            return value.item()
+        return step
 
-        steps[f"nanoGPT, {str(kind)[6:]}" + (" (as shipped)" if kind == torch.float32 else " autocast added")] = step
-    return steps
+    makers = {f"this repo, {str(dtype)[6:]}": lambda: (model, mean_loss, OPTIMIZERS[cfg.optimizer](model, cfg), dtype)}
+    if cfg.bench_peer != "none":
+        makers |= peers(cfg, model, batch, device, dtype)
+    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'} | torch {torch.__version__} | "
+          f"kernels: {kernels.use(cfg.kernels)} | {cfg.n_layer} layers, n_embd {cfg.n_embd}, {B} rows of {T}, vocabulary {cfg.vocab_size}, attn "
+          f"{cfg.attn}, act {cfg.act}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    made, runs, memory, allocated = {}, {}, {}, torch.cuda.memory_allocated if device.type == "cuda" else lambda: 0
+
+    def tried(name, f):
+        try:
+            return f()
+        except Exception as error:                               # of somebody else's code anything may come
+            if name == next(iter(makers)):
+                raise
+            print(f"{name} does not run here: {type(error).__name__}: {str(error).strip()[:200]}", flush=True)
+
+    for name, make in makers.items():                            # all before the first step, which changes the weights they share
+        before = allocated()
+        if one := tried(name, make):
+            made[name] = stepping(*one), allocated() - before
+    for name, (step, static) in made.items():
+        before = allocated()
+        if losses := tried(name, lambda: [step()]):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            step()
+            runs[name] = step
+            memory[name] = f"{(torch.cuda.max_memory_allocated() - before + static) / 1e9:.2f}" if device.type == "cuda" else "--"
+            print(f"{name:36s} loss of the first step {losses[0]:.4f}", flush=True)
+    times = [kept[len(kept) // 2] for kept in kernels.samples(list(runs.values()), device.type, seconds=15)]
+    for (name, step), ms in zip(runs.items(), times):
+        print(f"{name:36s} {ms:9.1f} ms/step {B * T / ms * 1e3:12,.0f} tok/s {ms / times[0]:6.2f}x our time   peak {memory[name]} GB")
+    print("time: between events" if device.type == "cuda" else "time: of the processor, all threads")
+    flops, scores = model_lib.flops_per_token(model, T), sum(
+        mixer.macs(T) for block in model.blocks for mixer in model_lib.mixers(block) if not mixer.recurrent)
+    peak, rate, reached = peak_flops(device, dtype), kernels.matmul_rate(device.type, dtype), B * T / times[0] * 1e3
+    mfu = lambda flops, peak: f"{reached * flops / peak:.1%}" if peak else "--"
+    print(f"MFU {mfu(flops, peak)} PaLM's convention (12 L C T: whole squares), {mfu(flops - 3 * scores, peak)} causal (6 L C T); "
+          f"{mfu(flops, rate)} and {mfu(flops - 3 * scores, rate)} of the {rate / 1e12:.2f} TFLOP/s that a large product reaches here")
+    print("step     " + ", ".join(f"{name} {share:.0%}" for name, share in step_shares(next(iter(runs.values())), device).items()))
+
+
+def step_shares(step, device):
+    """{class of op: share of a step's time}, from the profiler."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * (device.type == "cuda")) as profiler:
+        step()
+    shares = dict.fromkeys(("matmul", "attention", "norms and elementwise", "head and loss", "optimizer"), 0.0)
+    for event in profiler.events():
+        callers, at = [], event
+        while at is not None:
+            callers, at = [*callers, at.name], at.cpu_parent
+        chain = "/".join(callers).lower()
+        kind = next((kind for kind, pattern in OP_CLASSES.items() if re.search(pattern, chain)), "norms and elementwise")
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            shares[kind] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+    return {kind: time / max(1e-9, sum(shares.values())) for kind, time in shares.items()}
+
+
+def peers(cfg, model, batch, device, dtype):
+    """{name: () -> (module, () -> mean loss, optimizer, dtype)} of other programs' models of this shape, compiled if ours is."""
+    def ready(net, logits, optimizer=None, dtype=dtype):
+        net = net.to(device).train()
+        if cfg.compile and device.type == "cuda":
+            net.compile()
+        loss = lambda: torch.nn.functional.cross_entropy(logits(net).float().flatten(0, 1), batch["targets"].flatten())
+        return net, loss, optimizer or torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True), dtype
+
+    def transformers():                                          # with our weights, so its first loss is ours
+        lib = importlib.import_module("transformers")
+        with tempfile.TemporaryDirectory() as folder:
+            model_lib.save_pretrained(model, folder)
+            net = lib.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        return ready(net, lambda net: net(batch["tokens"], use_cache=False).logits)
+
+    def litgpt():
+        lib = importlib.import_module("litgpt")
+        return ready(lib.GPT(lib.Config(name="peer", block_size=cfg.seq_len, vocab_size=cfg.vocab_size, padded_vocab_size=cfg.vocab_size,
+                                        n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, n_query_groups=cfg.n_kv_head or cfg.n_head,
+                                        rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
+                                        mlp_class_name="LLaMAMLP", intermediate_size=model_lib.hidden_width(cfg))), lambda net: net(batch["tokens"]))
+
+    def nanogpt(lib, dtype):
+        with contextlib.redirect_stdout(None):
+            net = lib.GPT(lib.GPTConfig(block_size=cfg.seq_len, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head,
+                                        n_embd=cfg.n_embd, dropout=0.0, bias=False)).to(device)
+            optimizer = net.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+        return ready(net, lambda net: net(batch["tokens"], batch["targets"])[0], optimizer, dtype)
+
+    found = {}
+    if cfg.bench_peer:
+        path = Path(cfg.bench_peer) / "model.py"
+        if not path.is_file():
+            raise UsageError(f"--bench_peer={cfg.bench_peer} holds no model.py; give a checkout of nanoGPT, or none")
+        spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+        lib = importlib.util.module_from_spec(spec)
+        sys.modules["nanogpt_model"] = lib                       # its dataclass looks itself up there
+        spec.loader.exec_module(lib)
+        for kind in dict.fromkeys((torch.float32, dtype)):
+            shipped = "as shipped" if kind == torch.float32 else "autocast added"
+            found[f"nanoGPT, {str(kind)[6:]} {shipped}"] = lambda kind=kind: nanogpt(lib, kind)
+    for make in (transformers, litgpt):
+        if importlib.util.find_spec(make.__name__):
+            found[f"{make.__name__}, {str(dtype)[6:]}"] = make
+    return found
 
 
 # ---- Main ----

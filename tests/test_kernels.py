@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,15 @@ import torch.nn.functional as F
 import kernels as K
 from conftest import ROOT
 from tokenizer import UsageError
+
+
+def cases(device, dtype, M, D, V):
+    """name -> (ours, reference, inputs that need gradients, other inputs)."""
+    torch.manual_seed(0)
+    x_MD, w_D, w_VD = torch.randn(M, D).to(device, dtype), torch.randn(D).to(device), torch.randn(V, D).to(device) / D**0.5
+    rest = torch.randint(V, (M,)).to(device), torch.rand(M).to(device)
+    return {"rmsnorm": (K.rmsnorm, K.rmsnorm_ref, (x_MD, w_D), ()),
+            "linear_cross_entropy": (K.linear_cross_entropy, K.linear_cross_entropy_ref, (x_MD, w_VD), rest)}
 
 
 @pytest.mark.parametrize("M, D", [(1, 1), (3, 7), (5, 63), (2, 257)])
@@ -72,6 +82,40 @@ def test_dispatch_says_what_runs_and_refuses_what_cannot(monkeypatch):
             K.use("triton")
 
 
+def fake_case(dtype, factor, **changed):
+    x_MD = torch.randn(40, 8, dtype=dtype)
+    case = K.Case("twice", "40x8", lambda x: factor * x, lambda x: 2 * x, {"mul": lambda x: x.mul(2), "absent": lambda x: x.nothing()}, (x_MD,),
+                  (), (320, 320), (640, 640))
+    return case._replace(**changed)
+
+
+def test_bench_prints_times_of_what_is_right_and_none_of_what_is_wrong(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(K, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(K, "matmul_rate", lambda device, dtype: 1e11)
+    f = dict(right=2.0, wrong=2.1)
+    monkeypatch.setattr(K, "BENCHES", {part: lambda device, dtype, quick, part=part: iter([fake_case(dtype, f[part])]) for part in f})
+    K.main(["--bench", f"--json={tmp_path}/rows.jsonl"])
+    lines, rows = capsys.readouterr().out.splitlines(), [json.loads(line) for line in open(f"{tmp_path}/rows.jsonl")]
+    assert [row["pass"] for row in rows] == ["fwd", "bwd", "f+b", "FAIL"] * 2 and sum("FAIL" in line for line in lines) == 2
+    assert all("ms" not in row for row in rows if row["pass"] == "FAIL")
+    assert any("absent does not run here: AttributeError" in line for line in lines)
+    for row in rows[:3]:                                         # 1.28 kB each way at 1 GB/s
+        least = 640 / 1e9 * 1e3 * (2 if row["pass"] == "f+b" else 1)
+        assert row["bound"] == "copy" and abs(row["of bound"] * row["ms"] - least) < 1e-9 and row["best peer"] in ("mul", "reference")
+    with pytest.raises(UsageError, match="wrong"):
+        K.main(["--bench", "elsewhere"])
+
+
+def test_a_bench_knows_what_has_no_backward():
+    half = torch.bfloat16
+    assert list(K.passes(fake_case(half, 2.0))) == ["fwd", "bwd", "f+b"]
+    assert list(K.passes(fake_case(half, 2.0, flops=(320, 0), bytes=(640, 0)))) == ["f+b"]
+    assert list(K.passes(fake_case(half, 2.0, leaves=(), rest=(torch.randn(3, 2),)))) == ["fwd"]
+    out = K.value_and_grads(lambda x, y: (x * y, y), (torch.randn(3, 2, dtype=half),), (torch.randn(3, 2),), torch.float64)
+    assert [t.dtype for t in out] == [torch.float64, torch.float32, torch.float64]      # two values, one gradient
+    assert torch.equal(K.upstream(torch.zeros(())), torch.ones(())) and len(K.upstream(torch.zeros(40)).unique()) == 17
+
+
 def test_works_without_triton():
     """A process where triton cannot be imported still has every op."""
     code = ("import sys; sys.modules['triton'] = None; import torch, kernels as K; assert K.triton is None\n"
@@ -84,12 +128,14 @@ def test_works_without_triton():
 # ---- Triton: interpreted, compiled ahead, and on a GPU ----
 
 INTERPRETED = """
-import torch, kernels as K
+import sys, torch, kernels as K
+sys.path.insert(0, 'tests')
+from test_kernels import cases
 assert K.use("triton") == "triton (interpreted)"
 K.chunk_rows = lambda x, V: 16
 for M, D, V in [(1, 1, 3), (3, 7, 5), (5, 63, 130), (37, 65, 300)]:
     for dtype, tol in ((torch.float32, 2e-6), (torch.float16, 4e-3)):
-        for op, (ours, ref, _, leaves, rest) in K.cases("cpu", dtype, M, D, V).items():
+        for op, (ours, ref, leaves, rest) in cases("cpu", dtype, M, D, V).items():
             want = K.value_and_grads(ref, leaves, rest, torch.float64)
             for got, exact in zip(K.value_and_grads(ours, leaves, rest), want):
                 error = (got.double() - exact).norm() / max(exact.norm(), 1.0)
@@ -115,7 +161,7 @@ def test_triton_kernels_interpreted():
 def test_on_the_gpu(dtype):
     K.use("triton")
     for M, D, V in [(1, 8, 3), (37, 257, 300), (4096, 768, 50304)]:
-        for op, (ours, ref, _, leaves, rest) in K.cases("cuda", dtype, M, D, V).items():
+        for op, (ours, ref, leaves, rest) in cases("cuda", dtype, M, D, V).items():
             want = K.value_and_grads(ref, leaves, rest, torch.float64)
             theirs = K.value_and_grads(ref, leaves, rest)
             for got, plain, exact in zip(K.value_and_grads(ours, leaves, rest), theirs, want):

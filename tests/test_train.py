@@ -418,6 +418,7 @@ def test_changed_text_is_not_resumed(tiny, tmp_path):
     (["--lr=-1"], "at least 0"), (["--dp=3"], "--nproc_per_node=3"), (["--init_from=/nowhere"], "/nowhere"), (["--sample", "--out_dir=/nowhere"], "/nowhere"),
     (["--val_fraction=0"], "between"), (["--preset=gpt9"], "gpt2"), (["--kernels=cuda"], "triton"), (["--out_dir=/dev/null/x"], "/dev/null"),
     (["--tokenizer=/nowhere"], "/nowhere"), (["--moe", "--n_active=99"], "--n_active=99"), (["--bench", "--bench_peer=/nowhere"], "/nowhere"),
+    (["--size=124m"], "--bench"), (["--bench", "--size=9b"], "124m"), (["--bench", "--size=1.3b", "--n_layer=4000"], "--micro_batch"), (["--ac=some"], "selective"),
 ])
 def test_mistakes_are_one_line(argv, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -447,3 +448,60 @@ def test_plan_touches_nothing(tmp_path, monkeypatch, capsys):
     run_train("--plan", "--preset=gpt2", "--vocab_size=50257")
     said = capsys.readouterr().out
     assert "124,439,808 parameters" in said and "--resume" in said and not list(tmp_path.iterdir())
+
+
+TINY_BENCH = ("--bench", "--n_layer=2", "--n_embd=32", "--n_head=2", "--seq_len=64", "--tokens_per_step=128", "--vocab_size=65", "--out_dir=/nowhere")
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    samples = train.kernels.samples
+    monkeypatch.setattr(train.kernels, "samples", lambda functions, device, rounds=0, seconds=1.0: samples(functions, device, 2))
+    monkeypatch.setattr(train.kernels, "matmul_rate", lambda device, dtype: 1e12)
+
+
+def test_bench_names_its_conventions_and_where_the_step_goes(few_samples, capsys):
+    run_train(*TINY_BENCH, "--bench_peer=none")
+    said = capsys.readouterr().out
+    shares = [int(n) for n in re.findall(r"(\d+)%", said.splitlines()[-1])]
+    assert 97 <= sum(shares) <= 103 and len(shares) == 5
+    tok_s = float(re.search(r"([\d,]+) tok/s", said)[1].replace(",", ""))
+    weights, squares = 2 * (4 * 32 * 32 + 3 * 32 * 96) + 65 * 32, 12 * 2 * 32 * 64        # 12 L C T
+    of_matmul = [float(x) for x in re.findall(r"([\d.]+)%", said.splitlines()[-2])]
+    for got, flops in zip(of_matmul, (6 * weights + squares, 6 * weights + squares / 2)):
+        assert abs(got / 100 - tok_s * flops / 1e12) < 6e-4
+    assert "PaLM" in said and "causal" in said and "MFU --" in said
+
+
+def test_every_class_of_op_has_its_share_of_a_step():
+    model = train.Model(train.ModelConfig(vocab_size=65, n_layer=2, n_embd=32, n_head=2, seq_len=64))
+    optimizer, ids = train.adamw(model, train.TrainConfig()), torch.randint(65, (2, 65))
+
+    def step():
+        model.loss(dict(tokens=ids[:, :-1], targets=ids[:, 1:], weights=torch.ones(2, 64)))[0].backward()
+        optimizer.step()
+
+    step()
+    shares = train.step_shares(step, torch.device("cpu"))
+    assert abs(sum(shares.values()) - 1) < 1e-6 and min(shares.values()) > 0 and list(shares)[:2] == ["matmul", "attention"]
+
+
+def test_bench_times_peers_and_says_which_do_not_run(few_samples, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    (tmp_path / "model.py").write_text("GPT = None\nclass GPTConfig:\n    def __init__(self, **shape): raise RuntimeError('not today')\n")
+    run_train(*TINY_BENCH, f"--bench_peer={tmp_path}")
+    said = capsys.readouterr().out
+    assert "nanoGPT, float32 as shipped does not run here: RuntimeError: not today" in said
+    ours, theirs = (float(re.search(name + r".*first step ([\d.]+)", said)[1]) for name in ("this repo", "transformers"))
+    assert abs(ours - theirs) < 2e-3                             # the same weights
+    assert re.search(r"transformers.* tok/s +[\d.]+x our time", said)
+
+
+@pytest.mark.parametrize("ac", ["norm", "selective", "full"])
+def test_a_run_goes_on_with_other_checkpointing_to_the_same_bits(tiny, ac):
+    run_train(*tiny, "--steps=4")
+    other = [f + "2" if f.startswith("--out_dir") else f for f in tiny]
+    run_train(*other, "--steps=4", f"--ac={ac}", "--micro_batch=1")
+    losses = [[json.loads(line)["loss"] for line in open(Path(out_of(flags)) / "log.jsonl") if "loss" in json.loads(line) and "val_loss" not in json.loads(line)] for flags in (tiny, other)]
+    assert len(losses[0]) == 4 and max(abs(a - b) for a, b in zip(*losses)) < 1e-5
+    run_train(*other, "--steps=5", "--resume", "--ac=none")
