@@ -513,8 +513,8 @@ def sight_of(cfg, layer, this, S):
 
 class Places:
     """What one kind of layer reads of a Pass. `rope` turns heads (`turns`: RoPE is on); `added` joins the scores: a bias, and
-    -inf where a key is hidden (None: no bias and no mask); `sight` is the same for flash (None: it can't); both are made when
-    first asked for. `stored`: the scores are to be kept in memory; `plain`: SDPA needs no mask."""
+    -inf where a key is hidden (None: no bias and no mask); `sight` is the same for flash (None: it can't); the one
+    that will be asked for is made at once. `stored`: the scores are to be kept in memory; `plain`: SDPA needs no mask."""
 
     def __init__(self, cfg, layer, this):
         mixer, past, device = ATTENTION[layer.attn], this.past, this.positions_BT.device
@@ -533,6 +533,9 @@ class Places:
         self.plain = seen_plainly(layer, this, T) and cfg.pos not in POSITION_BIAS and not changed
         self.stored = bool(changed) or small_half(this.dtype, device, kept + T, not self.plain)
         self.slope_H = alibi_slopes(cfg.n_head).to(device) if cfg.pos == "alibi" else None
+        # made here, not in the blocks, which may be compiled, or run again for what a checkpoint did not keep
+        if self.plain or cfg.attn_dropout or not takes_triton(this.positions_BT) or self.sight is None:
+            self.added
 
     @property
     def distance_TS(self):

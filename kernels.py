@@ -27,17 +27,11 @@ Shapes:      M rows (B T flattened), D n_embd, V vocab (in moe_mlp visits, M A),
              K head dim, U value head dim, P rotary dim, J pairs of channels, C N tile and tiles, F ffn hidden or outputs,
              E experts, A active experts, L matrices, R C short and long side of one, I J tiles of 128
 References:
-    [RMS]    Root Mean Square Layer Normalization, arXiv:1910.07467
-    [LA2]    Lightning Attention-2, arXiv:2401.04658
-    [Flash]  FlashAttention, arXiv:2205.14135; [Flash2] FlashAttention-2, 2307.08691; [ALiBi] 2108.12409
-    [Liger]  Liger Kernel: Efficient Triton Kernels for LLM Training, arXiv:2410.10989
-    [Inception] Rethinking the Inception Architecture, 1512.00567; [PaLM] 2204.02311; [Gem2] Gemma 2, 2408.00118
-    [RoPE]   RoFormer, arXiv:2104.09864
-    [GLU]    GLU Variants Improve Transformer, arXiv:2002.05202
-    [AdamW]  Decoupled Weight Decay Regularization, arXiv:1711.05101
-    [SR]     Revisiting BFloat16 Training, arXiv:2010.06192
-    [Muon]   Muon: An optimizer for hidden layers in neural networks, kellerjordan.github.io/posts/muon
-    [DSV3]   DeepSeek-V3 Technical Report, arXiv:2412.19437
+    [RMS] Root Mean Square Layer Normalization, arXiv:1910.07467; [RoPE] RoFormer, 2104.09864; [GLU] GLU Variants, 2002.05202;
+    [Liger] Liger Kernel, 2410.10989; [Inception] Rethinking the Inception Architecture, 1512.00567; [PaLM] 2204.02311;
+    [Gem2] Gemma 2, 2408.00118; [Flash] FlashAttention, 2205.14135; [Flash2] FlashAttention-2, 2307.08691; [ALiBi] 2108.12409;
+    [LA2] Lightning Attention-2, 2401.04658; [AdamW] Decoupled Weight Decay Regularization, 1711.05101;
+    [SR] Revisiting BFloat16 Training, 2010.06192; [Muon] kellerjordan.github.io/posts/muon; [DSV3] DeepSeek-V3, 2412.19437
 Run me:      python kernels.py             (errors of every op against float64)
              python kernels.py --bench     (times beside PyTorch's own, on this device)
 """
