@@ -233,13 +233,14 @@ def _rmsnorm_backward(dy_MD: torch.Tensor, dsum_MD: torch.Tensor | None, x_MD: t
                       rstd_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     M, D = x_MD.shape
     if not takes_triton(x_MD):
-        rstd_M1, w32_D = rstd_M[:, None], w_D.to(rstd_M.dtype)
-        dy_MD, xhat_MD = dy_MD.to(rstd_M.dtype), x_MD * rstd_M1
-        p_MD = dy_MD * xhat_MD
-        mean_M1 = torch.mv(p_MD, w32_D)[:, None] / D             # mean_j of dy_j w_j xhat_j
-        dx_MD = (dy_MD * w32_D).addcmul_(xhat_MD, mean_M1, value=-1).mul_(rstd_M1)
+        # LayerNorm's backward around a mean of 0, one pass where ours were seven; the mean of dy w that it takes off comes back
+        rstd_M1, wide = rstd_M[:, None], rstd_M.dtype
+        dy_MD, w32_D = dy_MD.to(wide).contiguous(), w_D.to(wide)
+        dx_MD, dw_D, _ = torch.ops.aten.native_layer_norm_backward(dy_MD, x_MD.to(wide), [D], torch.zeros_like(rstd_M1), rstd_M1, w32_D,
+                                                                   None, [True, True, False])
+        dx_MD.add_(torch.mv(dy_MD, w32_D)[:, None] * rstd_M1 / D)
         dx_MD = dx_MD if dsum_MD is None else dx_MD.add_(dsum_MD)
-        return dx_MD.to(x_MD.dtype), p_MD.sum(0).to(w_D.dtype)
+        return dx_MD.to(x_MD.dtype), dw_D.to(w_D.dtype)
     blocks = row_blocks(D)
     programs = sharing_programs(x_MD, triton.cdiv(M, blocks["BLOCK_M"]))
     dx_MD, part_CD = torch.empty_like(x_MD), torch.empty(programs, D, device=x_MD.device, dtype=torch.float32)
