@@ -248,6 +248,7 @@ def run_stage(name, folder, key, make, say, named):
     known = read_mark(done)
     if known.get("key") == digest() and known["named"] == named and known["files"] == {
             file: size_of(Path(named.get(file, folder / file))) for file in known["files"]}:
+        shutil.rmtree(temp, ignore_errors=True)                  # of a process that was killed while it did this
         say(f"  done before (delete {done} to do it again)")
         return known["report"], known["key"]
     for stale in set(folder.glob(f".{name}-*")) - {temp}:

@@ -1655,7 +1655,7 @@ def decayed_attention(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU=None, doc_BT=N
     """Linear attention with a fixed decay a head; the slopes are constants. Same signature and value as decayed_attention_ref,
     which runs where Triton does not, for heads wider than 256, whose state fills the registers, and for float32, whose exact
     products know no tensor cores: cuBLAS has better ones. The kernel's tile is its own."""
-    (B, T, H, K), U = q_BTHK.shape, v_BTHU.shape[-1]
+    (B, _, H, K), U = q_BTHK.shape, v_BTHU.shape[-1]
     if not takes_triton(q_BTHK) or max(K, U) > 256 or q_BTHK.element_size() > 2 and not INTERPRET:
         return decayed_attention_ref(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU, doc_BT, doc_before_B, tile)
     if state_BHKU is None:

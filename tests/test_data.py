@@ -1989,7 +1989,9 @@ def test_prepare_killed_at_random_moments_ends_in_the_same_bytes(messy, tmp_path
     assert -signal.SIGKILL in codes
     run_data(*args, "--out", tmp_path / "b")
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
-    assert "done before" in run_data(*args, "--out", tmp_path / "b").stdout
+    left = tmp_path / "b" / "norm" / f".norm-{json.loads((tmp_path / 'b/norm/.norm.json').read_text())['key']}"
+    left.mkdir()                                                 # killed between the mark and the end
+    assert "done before" in run_data(*args, "--out", tmp_path / "b").stdout and not left.exists()
 
 
 @pytest.mark.parametrize("args, says", [

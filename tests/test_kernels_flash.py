@@ -122,14 +122,17 @@ def test_sight_of_a_layer_is_its_mask(name, past):
 
 
 def test_what_flash_does_not_cover_goes_the_old_way():
-    for fields, this in ((dict(pos="t5"), {}), (dict(pos="shaw"), {}), (dict(attn="star"), {}), ({}, dict(prefix_B=torch.tensor([2])))):
+    table = dict(rel_bias=torch.nn.Embedding(32, 3))
+    for fields, this in ((dict(pos="t5"), table), (dict(pos="shaw"), {}), (dict(attn="star"), {}), ({}, dict(prefix_B=torch.tensor([2])))):
         cfg = AttentionConfig(**fields)
         assert Places(cfg, Layer(0, cfg.attn), Pass(torch.arange(4)[None], **this)).sight is None
 
 
-def test_the_mask_is_made_when_asked_for_alone():
+@pytest.mark.parametrize("triton, made", [(False, "added"), (True, "sight")])
+def test_what_will_be_asked_for_alone_is_made_before_the_blocks(triton, made, monkeypatch):
+    monkeypatch.setattr(A, "takes_triton", lambda x: triton)
     at = Places(AttentionConfig(), Layer(0, "mha"), Pass(torch.arange(4)[None], 0, torch.zeros(1, 4)))
-    assert not at.made and at.sight is at.sight and at.added is at.added and set(at.made) == {"sight", "added"}
+    assert list(at.made) == [made] and at.sight is at.sight and at.added is at.added and set(at.made) == {"sight", "added"}
 
 
 @pytest.mark.parametrize("fields, says", [({}, "sdpa"), (dict(attn_softcap=3.0), "products"), (dict(attn="lightning"), "tiles"), (dict(layers="gdn,mha"), "sdpa and tiles")], ids=str)
