@@ -66,7 +66,7 @@ from data import DataConfig
 from dist import DistConfig
 from kernels import KernelConfig
 from model import PRESETS, Model, ModelConfig
-from moe import Experts, MoEConfig, update_biases
+from moe import Experts, MoEConfig, dispatch_of, update_biases
 from tokenizer import TokenizerConfig, UsageError, atomic_write, flag
 
 
@@ -531,6 +531,7 @@ def describe(cfg, model, device, dtype, reason, ranks):
     return "\n".join((
         f"device   {name} x {ranks} | {str(dtype)[6:]} ({reason}) | kernels: {kernels.use(cfg.kernels)} | "
         f"attention: {attention.backends(model.cfg, model.plan, device, dtype)} | "
+        + f"experts: {dispatch_of(cfg, device, dtype)} | " * cfg.moe +
         f"compile: {'on' if cfg.compile else 'off'} | torch {torch.__version__}",
         f"model    {total:,} parameters" + (f", {active:,} active a token" if active != total else "") + f" ({parts})",
         f"         {cfg.n_layer} layers, {model_lib.flops_per_token(model, cfg.seq_len) / 1e6:,.1f} MFLOPs a token, "

@@ -332,6 +332,14 @@ def test_a_dense_run_grows_experts(tiny, tmp_path, capsys):
         run_train(*elsewhere(short, tmp_path / "x"), f"--grow_from={tmp_path}/moves", "--moe")
 
 
+@pytest.mark.parametrize("flag, said", [("--moe", "experts: loop (on cpu: the reference) | "), ("--dispatch=grouped", "experts: grouped (--dispatch) | "),
+                                        ("--moe=false", "compile: ")])
+def test_the_start_says_how_experts_run(flag, said, tiny, capsys):
+    run_train(*tiny, "--moe", flag, "--plan")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert said in first and ("experts" in first) == (flag != "--moe=false")
+
+
 def test_late_in_a_run_the_biases_rest_and_mtp_weighs_less(tiny):
     run_train(*tiny, "--moe", "--n_dense_layer=0", "--mtp=1", "--bias_until=0.5", "--mtp_late=0.5", "--aux_loss=none")
     rows = [row for row in rows_of(out_of(tiny)) if "loss" in row]
