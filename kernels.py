@@ -607,7 +607,7 @@ def gated(gate, up, kind):
 def bench_rows(device, dtype, quick):
     """A Case of each row kernel at the widths of 124M, 1.3B and 8B models, 16K tokens on a GPU."""
     try:
-        import liger_kernel.transformers.functional as liger
+        import liger_kernel.transformers.functional as liger     # optional: a peer, timed where it is installed
     except ImportError:
         liger = None
     torch.manual_seed(0)
@@ -892,7 +892,7 @@ def bench_linear_cross_entropy(device, dtype, quick):
         return (F.cross_entropy(F.linear(x_MD, w_VD.to(x_MD.dtype)).float(), targets_M, reduction="none") * weights_M).sum()
 
     try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger    # optional
     except ImportError:
         liger = None
     peers = {"F.cross_entropy": plain}
@@ -1672,7 +1672,7 @@ def bench_linear(device, dtype, quick):
     peers = {}
     if device == "cuda":
         try:
-            from fla.ops.retention import chunk_retention
+            from fla.ops.retention import chunk_retention        # optional: peers, timed where they are installed
             from fla.ops.simple_gla import chunk_simple_gla
             peers = {"fla simple_gla": lambda q, k, v, slope, *_: chunk_simple_gla(q, k, v, g_gamma=-slope, scale=1.0)[0],
                      "fla retention": lambda q, k, v, *_: chunk_retention(q, k, v, scale=1.0)[0]}            # slopes of its own

@@ -445,6 +445,13 @@ def metrics_line(step, steps, *, loss, lr, gnorm, tok_s, mfu, mem, eta):
             f"eta {clock(eta)}")
 
 
+def eval_lines(step, steps, scores, metrics, text):
+    """An evaluation, the load of the experts at that step, and the beginning of a sample."""
+    load = "max_vio" in metrics and f" | expert load {metrics['min_load']:.2f} to {1 + metrics['max_vio']:.2f} of the mean"
+    return (f"eval {step:6d}/{steps} | val loss {scores['val_loss']:.4f} | ppl {scores['val_ppl']:.2f} | bits/byte "
+            f"{scores['val_bpb']:.4f}{load or ''}\n" + "\n".join("  | " + line for line in text.splitlines()[:12]))
+
+
 def clock(seconds):
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
@@ -936,9 +943,7 @@ def train(cfg, typed):
             if world.main:
                 text = sample_text(model, tok, meta["eot"], "", 1, cfg, world.device, dtype, cfg.seed + done, 100)[0]
                 log.add(step=done, **scores, seconds=seconds, sample=text)
-                load = "max_vio" in metrics and f" | expert load {metrics['min_load']:.2f} to {1 + metrics['max_vio']:.2f} of the mean"
-                say(f"eval {done:6d}/{cfg.steps} | val loss {scores['val_loss']:.4f} | ppl {scores['val_ppl']:.2f} | bits/byte "
-                    f"{scores['val_bpb']:.4f}{load or ''}\n" + "\n".join("  | " + line for line in text.splitlines()[:12]))
+                say(eval_lines(done, cfg.steps, scores, metrics, text))
         if last or cfg.save_every and done % cfg.save_every == 0:
             save(done)
         if world.main and (last or cfg.eval_every and done % cfg.eval_every == 0):

@@ -2,6 +2,7 @@
 import os
 import re
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -135,6 +136,15 @@ def tiny(corpus, tmp_path):
     return [f"--input={corpus}", f"--cache_dir={corpus.parent}", f"--out_dir={tmp_path}/run", "--steps=8", "--n_layer=2", "--n_embd=16",
             "--n_head=2", "--seq_len=32", "--tokens_per_step=256", "--vocab_size=290", "--warmup=2", "--eval_every=4", "--save_every=2",
             "--dtype=float32", "--eval_tokens=512"]
+
+
+def failure_with_triton(code, interpret):
+    """Run code in a process of its own, kernels interpreted or for GPUs: the end of its complaint, "" if it had none."""
+    pytest.importorskip("triton")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(PYTHONPATH=paths) | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    return done.stderr[-3000:] or f"exit code {done.returncode}" if done.returncode else ""
 
 
 def run_train(*flags):

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -7,7 +6,7 @@ import pytest
 import torch
 
 import kernels as K
-from conftest import ROOT
+from conftest import ROOT, failure_with_triton
 from tokenizer import UsageError
 
 
@@ -150,9 +149,7 @@ torch.library.opcheck(torch.ops.flatlm.rmsnorm.default, (x, None, torch.ones(6, 
 
 @pytest.mark.peer
 def test_triton_kernels_interpreted():
-    pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert not failure_with_triton(INTERPRETED, interpret=True)
 
 
 @pytest.mark.gpu

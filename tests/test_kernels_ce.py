@@ -1,15 +1,12 @@
 """linear_cross_entropy: the head and its loss with bias, softcap, smoothing, z-loss, rows that do not count, and little memory."""
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels as K
-from conftest import ROOT
+from conftest import failure_with_triton
 
 EXTRAS = [dict(), dict(bias=True), dict(softcap=2.0), dict(z_alpha=0.1), dict(smoothing=0.3), dict(bias=True, softcap=2.0, z_alpha=0.1, smoothing=0.3)]
 ids = lambda fields: "-".join(fields) or "plain"
@@ -220,10 +217,7 @@ assert K.linear_cross_entropy(x, w, torch.full((5,), 9000), torch.ones(5)).isnan
 
 @pytest.mark.peer
 def test_kernel_interpreted():
-    pytest.importorskip("triton")
-    env = os.environ | dict(TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert not failure_with_triton(INTERPRETED, interpret=True)
 
 
 AHEAD = """
@@ -241,10 +235,7 @@ for arch, extra, grad in itertools.product((80, 90), (False, True), (False, True
 
 @pytest.mark.peer
 def test_kernel_compiles_ahead():
-    pytest.importorskip("triton")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", AHEAD], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert not failure_with_triton(AHEAD, interpret=False)
 
 
 @pytest.mark.gpu

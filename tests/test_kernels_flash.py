@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -8,7 +5,7 @@ import torch
 import attention as A
 import kernels as K
 from attention import PATTERNS, AttentionConfig, Layer, Pass, Places
-from conftest import ROOT
+from conftest import failure_with_triton
 
 f64 = dict(dtype=torch.float64)
 close = dict(rtol=1e-10, atol=1e-10)
@@ -159,12 +156,6 @@ def test_bench_cases_are_right():
 
 # ---- Triton: interpreted, compiled ahead, and on a GPU ----
 
-def python(code, interpret):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | (dict(TRITON_INTERPRET="1") if interpret else {})
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 CASES = """
 import torch, kernels as K
 from kernels import Sight
@@ -216,8 +207,7 @@ torch.library.opcheck(torch.ops.flatlm.flash_decode.default, (q[:, 0].detach(), 
 
 @pytest.mark.peer
 def test_flash_interpreted():
-    pytest.importorskip("triton")
-    python(INTERPRETED, True)
+    assert not failure_with_triton(INTERPRETED, interpret=True)
 
 
 LAYERS = """
@@ -248,8 +238,7 @@ for fields in (dict(attn="mla", qk_rope_head_dim=4, sinks=True), dict(attn="gqa"
 
 @pytest.mark.peer
 def test_layers_through_flash_equal_layers_without():
-    pytest.importorskip("triton")
-    python(LAYERS, True)
+    assert not failure_with_triton(LAYERS, interpret=True)
 
 
 AHEAD = """
@@ -281,8 +270,7 @@ for arch, most, shapes in ((80, 163, ((192, 128),)), (90, 227, ((256, 256),))):
 
 @pytest.mark.peer
 def test_flash_compiles_ahead_for_gpus():
-    pytest.importorskip("triton")
-    python(AHEAD, False)
+    assert not failure_with_triton(AHEAD, interpret=False)
 
 
 @pytest.mark.gpu

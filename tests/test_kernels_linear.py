@@ -1,14 +1,11 @@
 """decayed_attention: the tiled reference against the sum written out, and the Triton sweeps against the reference."""
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import kernels as K
 from attention import recurrence
-from conftest import ROOT
+from conftest import failure_with_triton
 
 EXACT = dict(atol=1e-10, rtol=1e-10)
 DOCS = torch.tensor([[0] * 5 + [1] * 19 + [2] * 1 + [3] * 12, [7] * 20 + [8] * 17])     # T = 37, no boundary on a tile's
@@ -135,17 +132,10 @@ for a, b in zip(torch.autograd.grad(compiled(q, k, v), (q, k, v)), want):
 """
 
 
-def run(code, interpret):
-    pytest.importorskip("triton")
-    env = os.environ | dict(TRITON_INTERPRET=str(int(interpret)))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.peer
 @pytest.mark.parametrize("code", [INTERPRETED, COMPILED], ids=["values", "compiled"])
 def test_interpreted(code):
-    run(code, interpret=True)
+    assert not failure_with_triton(code, interpret=True)
 
 
 AHEAD = """
@@ -167,7 +157,7 @@ for values in ((True, True, True, 64, 128, 64), (False, False, True, 32, 256, 32
 
 @pytest.mark.peer
 def test_compiles_ahead_for_gpus():
-    run(AHEAD, interpret=False)
+    assert not failure_with_triton(AHEAD, interpret=False)
 
 
 @pytest.mark.gpu

@@ -1,14 +1,11 @@
 """kernels.py's moe_mlp and moe.py's --dispatch=triton: the reference against the paper, the kernels against the reference."""
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels as K
-from conftest import ROOT
+from conftest import failure_with_triton
 
 CASES = """
 import torch, torch.nn as nn, kernels as K, moe
@@ -135,9 +132,7 @@ with torch.no_grad():
 
 @pytest.mark.peer
 def test_moe_kernels_interpreted():
-    pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert not failure_with_triton(INTERPRETED, interpret=True)
 
 
 AHEAD = """
@@ -165,10 +160,7 @@ for kernel, constants in jobs:
 
 @pytest.mark.peer
 def test_moe_kernels_compile_ahead_for_gpus():
-    pytest.importorskip("triton")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", AHEAD], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert not failure_with_triton(AHEAD, interpret=False)
 
 
 @pytest.mark.gpu

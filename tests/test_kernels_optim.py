@@ -1,14 +1,11 @@
 """AdamW with stochastic rounding, Muon's Newton-Schulz, blockwise fp8: against the papers, torch's own, and the interpreter."""
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels as K
-from conftest import ROOT
+from conftest import failure_with_triton
 
 KEY = K.rounding_key(seed=1, step=2)
 ulps = lambda x: x.double().view(-1) * 128                     # of bfloat16, for numbers from 1 to 2
@@ -409,11 +406,7 @@ torch.testing.assert_close(*grads)
 
 @pytest.mark.peer
 def test_triton_kernels_interpreted():
-    pytest.importorskip("triton")
-    env = os.environ | dict(TRITON_INTERPRET="1")
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    print(done.stdout)
+    assert not failure_with_triton(INTERPRETED, interpret=True)
 
 
 AHEAD = """
@@ -449,11 +442,7 @@ for kernel, archs, given, options in [
 
 @pytest.mark.peer
 def test_triton_kernels_compile_ahead_for_gpus():
-    pytest.importorskip("triton")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", AHEAD], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    print(done.stdout)
+    assert not failure_with_triton(AHEAD, interpret=False)
 
 
 @pytest.mark.gpu

@@ -1,13 +1,10 @@
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import kernels as K
-from conftest import ROOT
+from conftest import failure_with_triton
 
 f64 = dict(dtype=torch.float64)
 
@@ -164,9 +161,7 @@ for got, want in zip(rows.values_and_grads(compiled, [x, x, x[0]]), rows.values_
 
 @pytest.mark.peer
 def test_row_kernels_interpreted():
-    pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert not failure_with_triton(INTERPRETED, interpret=True)
 
 
 AHEAD = """
@@ -196,10 +191,7 @@ for kernel, warps, constants in jobs:
 
 @pytest.mark.peer
 def test_row_kernels_compile_ahead_for_gpus():
-    pytest.importorskip("triton")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", AHEAD], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert not failure_with_triton(AHEAD, interpret=False)
 
 
 @pytest.mark.gpu
