@@ -647,13 +647,12 @@ def linear_cross_entropy_ref(x_MD, w_VD, targets_M, weights_M, bias_V=None, soft
     l_MV = F.linear(x_MD, w_VD.to(x_MD.dtype), None if bias_V is None else bias_V.to(x_MD.dtype)).to(wide)
     if softcap:
         l_MV = softcap * torch.tanh(l_MV / softcap)                                                      # [Gem2 sec 2]
-    counted_M = targets_M >= 0
-    target_M = targets_M.long().where(counted_M, -100)           # where F.cross_entropy gives 0
-    loss_M = nll_M = F.cross_entropy(l_MV, target_M, reduction="none")
+    target_M = targets_M.long().clamp(min=-1)
+    loss_M = nll_M = F.cross_entropy(l_MV, target_M, reduction="none", ignore_index=-1)
     if smoothing:                                                # the target is a mixture of the token and of any token
-        loss_M = F.cross_entropy(l_MV, target_M, reduction="none", label_smoothing=smoothing)       # [Inception sec 7]
+        loss_M = F.cross_entropy(l_MV, target_M, reduction="none", ignore_index=-1, label_smoothing=smoothing)   # [Inception sec 7]
     if z_alpha:                                                  # keeps log Z near 0, so that logits do not drift
-        loss_M = loss_M + z_alpha * l_MV.logsumexp(1).square().where(counted_M, 0)                      # [PaLM sec 5]
+        loss_M = loss_M + z_alpha * l_MV.logsumexp(1).square().where(target_M >= 0, 0)                  # [PaLM sec 5]
     loss = (loss_M * weights_M.to(wide)).sum()
     return (loss, nll_M.detach()) if return_nll else loss
 
@@ -713,33 +712,28 @@ def _cross_entropy_rows(logit_ptr, target_ptr, weight_ptr, nll_ptr, loss_ptr, V,
 def _cross_entropy_torch(logits_CV, targets_C, weights_C, softcap, z_alpha, smoothing, grad):
     """The kernel above in torch's ops: a few rows at a time, so that what is wide stays in cache."""
     C, V = logits_CV.shape
-    nll_C, loss_C = weights_C.new_empty(2, C)
-    rows = max(1, (64 << 20 if logits_CV.is_cuda else 512 << 10) // (V * weights_C.element_size()))
+    counted_C1, target_C1 = targets_C[:, None] >= 0, targets_C[:, None].clamp(min=0)
+    weight_C1, nll_C1, loss_C1 = weights_C[:, None].where(counted_C1, 0), *weights_C.new_empty(2, C, 1)
+    rows = max(1, (64 << 20 if logits_CV.is_cuda else 1 << 20) // (V * weights_C.element_size()))
     for here in (slice(start, start + rows) for start in range(0, C, rows)):
-        l_RV, counted_R1 = logits_CV[here].to(weights_C.dtype), targets_C[here, None] >= 0
-        target_R1 = targets_C[here, None].clamp(min=0)
+        l_RV, target_R1, weight_R1 = logits_CV[here].to(weights_C.dtype), target_C1[here], weight_C1[here]
         if softcap:
             l_RV = l_RV.div(softcap).tanh_().mul_(softcap)
-        high_R1 = l_RV.amax(1, keepdim=True).clamp_(min=torch.finfo(l_RV.dtype).min)         # a row of -inf stays a row of -inf
-        at_target_R1, mean_R1 = l_RV.gather(1, target_R1), l_RV.mean(1, keepdim=True) if smoothing else 0
-        p_RV = (l_RV - high_R1 if softcap else l_RV.sub_(high_R1)).exp_()        # the cap's slope needs l again
-        total_R1 = p_RV.sum(1, keepdim=True)
-        lse_R1 = high_R1 + total_R1.log()
-        loss_R1 = nll_R1 = lse_R1 - at_target_R1
-        if smoothing or z_alpha:
-            loss_R1 = nll_R1 + smoothing * (at_target_R1 - mean_R1) + z_alpha * lse_R1.square()
-        nll_C[here, None], loss_C[here, None] = nll_R1.where(counted_R1, 0), loss_R1.where(counted_R1, 0)
+        high_R1, at_target_R1, mean_R1 = l_RV.amax(1, True), l_RV.gather(1, target_R1), l_RV.mean(1, True) if smoothing else 0
+        l_RV[:, :1].masked_fill_(high_R1 == -torch.inf, 0)       # a row of -inf alone has no softmax; what it adds is its lse, -inf
+        p_RV = torch.softmax(l_RV, 1)
+        lse_R1 = high_R1 - p_RV.amax(1, True).log_()             # the largest of them is exp(high - lse)
+        nll_R1 = torch.sub(lse_R1, at_target_R1, out=nll_C1[here])
+        loss_C1[here] = nll_R1 + smoothing * (at_target_R1 - mean_R1) + z_alpha * lse_R1.square() if smoothing or z_alpha else nll_R1
         if grad:
-            weight_R1 = weights_C[here, None].where(counted_R1, 0)
-            d_RV = p_RV.mul_((weight_R1 * (1 + 2 * z_alpha * lse_R1) / total_R1).where(counted_R1, 0))
+            d_RV = p_RV.mul_(weight_R1 * (1 + 2 * z_alpha * lse_R1) if z_alpha else weight_R1)
             d_RV.scatter_add_(1, target_R1, (smoothing - 1) * weight_R1)
             if smoothing:
                 d_RV.sub_(weight_R1 * (smoothing / V))
             if softcap:
                 d_RV.mul_(1 - (l_RV / softcap).square_())
-            if softcap or d_RV.dtype != logits_CV.dtype:         # else it stands there already
-                logits_CV[here] = d_RV
-    return nll_C, loss_C
+            logits_CV[here] = d_RV
+    return nll_C1.where(counted_C1, 0).squeeze(1), loss_C1.where(counted_C1, 0).squeeze(1)
 
 
 def _cross_entropy_chunk(logits_CV, targets_C, weights_C, softcap, z_alpha, smoothing, grad):
@@ -755,15 +749,15 @@ def _cross_entropy_chunk(logits_CV, targets_C, weights_C, softcap, z_alpha, smoo
 
 
 def chunk_rows(x_MD, V):
-    """Rows whose logits fill the buffer: 256 MB on a GPU and at least 4096 (large products), on a CPU 14 MB, which stay in cache
-    with the 2 MB that are worked on, and at least 128.                                                  [Liger sec 3.2]"""
-    least, size = (4096, 256 << 20) if x_MD.is_cuda else (128, 14 << 20)
+    """Rows whose logits fill the buffer: 256 MB on a GPU and at least 4096 (large products), on a CPU 28 MB (32 with
+    what is worked on), and at least 256: each chunk reads and writes all of dw.                         [Liger sec 3.2]"""
+    least, size = (4096, 256 << 20) if x_MD.is_cuda else (256, 28 << 20)
     return max(least, size // (V * x_MD.element_size()))
 
 
 def few_logits(x_MD, w_VD):
-    """On a CPU: logits that fit into cache with their gradients (16 MB) are cheaper stored than recomputed in pieces."""
-    return not takes_triton(x_MD) and not x_MD.is_cuda and len(x_MD) * len(w_VD) <= 1 << 20
+    """On a CPU: logits that take no more than the chunk (32 MB with all that autograd keeps) are cheaper stored."""
+    return not takes_triton(x_MD) and not x_MD.is_cuda and len(x_MD) * len(w_VD) <= 2 << 20
 
 
 def _logit_buffer(x_MD, rows, V):
@@ -853,19 +847,16 @@ def _linear_cross_entropy_save(ctx, inputs, output):
 
 
 def _linear_cross_entropy_grad(ctx, dloss, *_):
-    """What forward computed for dloss = 1, scaled: in place, since it may be as large as the head, unless the graph is kept for
+    """The gradients for dloss = 1, scaled: in place, since they may be as large as the head, unless the graph is kept for
     another backward or is being traced."""
     loss_M, kept, *grads = ctx.saved_tensors
-    keep = torch._C._autograd._get_current_graph_task_keep_graph() or type(dloss) is not torch.Tensor
-    factor = dloss.view(1) if dloss.is_cuda else dloss          # on a GPU a scalar would be rounded to bfloat16 first
-    scaled = lambda g: (g.clone() if keep else g).mul_(factor)
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     if len(kept):
-        grads = _linear_cross_entropy_backward(scaled(kept), *grads[3:], *needs)
-        grads = *grads[:2], grads[2].to(ctx.bias_kind) if needs[2] else None
-    else:
-        grads = [scaled(g) if need else None for g, need in zip(grads, needs)]
-    dx, dw, db = (g if need else None for g, need in zip(grads, needs))
+        *grads, db = _linear_cross_entropy_backward(kept, *grads[3:], *needs)
+        grads.append(db.to(ctx.bias_kind or db.dtype))
+    keep = torch._C._autograd._get_current_graph_task_keep_graph() or type(dloss) is not torch.Tensor
+    factor = dloss.view(1) if dloss.is_cuda else dloss          # on a GPU a scalar would be rounded to bfloat16 first
+    dx, dw, db = ((g.clone() if keep else g).mul_(factor) if need else None for g, need in zip(grads, needs))
     dweights_M = (loss_M * dloss).to(ctx.weights_kind) if ctx.needs_input_grad[3] else None
     return dx, dw, None, dweights_M, db, *[None] * 6
 
