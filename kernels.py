@@ -2395,15 +2395,17 @@ def errors(case):
 
 def samples(functions, device, rounds=0, seconds=1.0):
     """[times in ms, sorted] of each function, called in turn so that a change of clock or load meets all of them: 5 to 100 rounds,
-    as many as fit `seconds`. On a GPU between events, the L2 cache swept before each; on a CPU the time of all its threads."""
+    as many as fit `seconds`. On a GPU between events, the L2 cache swept before each; on a CPU the time of all its threads, over as
+    many calls as take 20 ms, since the kernel counts another thread's time in ticks of up to 4 ms."""
     times, cuda = [[] for _ in functions], torch.device(device).type == "cuda"
     sweep = torch.empty(256 << 20, dtype=torch.int8, device=device) if cuda else None
 
-    def once(function):
+    def once(function, calls=1):
         if not cuda:
             start = time.process_time()
-            function()
-            return (time.process_time() - start) * 1e3
+            for _ in range(calls):
+                function()
+            return (time.process_time() - start) * 1e3 / calls
         sweep.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -2414,10 +2416,12 @@ def samples(functions, device, rounds=0, seconds=1.0):
 
     for function in functions:                                   # compile, tune, fill the allocator
         once(function)
-    rounds = rounds or min(100, max(5, int(seconds * 1e3 / sum(map(once, functions)))))
+    total = sum(map(once, functions))
+    calls = 1 if cuda else max(1, int(20 * len(functions) / max(total, 1e-3)))
+    rounds = rounds or min(100, max(5, int(seconds * 1e3 / (total * calls))))
     for _ in range(rounds):
         for function, kept in zip(functions, times):
-            kept.append(once(function))
+            kept.append(once(function, calls))
     return [sorted(kept) for kept in times]
 
 
