@@ -37,6 +37,7 @@ Run me:      python kernels.py             (errors of every op against float64)
 """
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -72,6 +73,14 @@ class KernelConfig:
 # ---- Dispatch (who runs this op?) ----
 
 Case = namedtuple("Case", "name shape ours ref peers leaves rest flops bytes")       # what bench_<part> yields; see Demo and bench
+
+
+def peer(name):
+    """Somebody else's module to time beside, none of which is required: None, and a line that says so, where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        print(f"  no peer from {name}: {error}")
 
 
 def jit(function):
@@ -606,12 +615,9 @@ def gated(gate, up, kind):
 
 def bench_rows(device, dtype, quick):
     """A Case of each row kernel at the widths of 124M, 1.3B and 8B models, 16K tokens on a GPU."""
-    try:
-        import liger_kernel.transformers.functional as liger     # optional: a peer, timed where it is installed
-    except ImportError:
-        liger = None
     torch.manual_seed(0)
     gpu, draw = device == "cuda", lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
+    liger = gpu and peer("liger_kernel.transformers.functional")
     M = 16384 if gpu else 1024
     for D, K in ((384, 64),) if not gpu else ((2048, 128),) if quick else ((768, 64), (2048, 128), (4096, 128)):
         H, N, w_D, w_K = D // K, D * 8 // 3 // 32 * 32, torch.ones(D, device=device), torch.ones(K, device=device)
@@ -633,10 +639,12 @@ def bench_rows(device, dtype, quick):
         for name, ours, ref, leaves, rest, forward, back, theirs in table:
             peers = dict(torch=ref if name != "rmsnorm" else lambda x, w: F.rms_norm(x, w.shape, w.to(x.dtype), 1e-6))
             peers |= dict(compile=torch.compile(ref)) if gpu else {}
-            peers |= dict(liger=theirs) if liger and gpu and theirs else {}
+            peers |= dict(liger=theirs) if liger and theirs else {}
             size = leaves[0].nbytes
             shape = "x".join(map(str, leaves[0].shape))
             yield Case(name, shape, ours, ref, peers, leaves, rest, (0, 0), (forward * size, back * size))
+
+
 # ---- linear_cross_entropy (the head and its loss, without the logits) ----
 
 def linear_cross_entropy_ref(x_MD, w_VD, targets_M, weights_M, bias_V=None, softcap=0.0, z_alpha=0.0, smoothing=0.0,
@@ -882,13 +890,10 @@ def bench_linear_cross_entropy(device, dtype, quick):
     def plain(x_MD, w_VD, targets_M, weights_M):
         return (F.cross_entropy(F.linear(x_MD, w_VD.to(x_MD.dtype)).float(), targets_M, reduction="none") * weights_M).sum()
 
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger    # optional
-    except ImportError:
-        liger = None
     peers = {"F.cross_entropy": plain}
-    if liger and device == "cuda":
-        peers["liger"] = lambda x_MD, w_VD, targets_M, _: liger(x_MD, w_VD.to(x_MD.dtype), targets_M, reduction="sum")
+    if device == "cuda" and (liger := peer("liger_kernel.transformers.functional")):
+        peers["liger"] = lambda x_MD, w_VD, targets_M, _: liger.liger_fused_linear_cross_entropy(x_MD, w_VD.to(x_MD.dtype), targets_M,
+                                                                                              reduction="sum")
     small, large = [(512, 128, 65), (512, 128, 4096)], [(16384, 768, 50304), (16384, 2048, 50304), (8192, 4096, 131072)]
     for M, D, V in large[:1 if quick else 3] if device == "cuda" else small:
         x_MD, w_VD = torch.randn(M, D, device=device, dtype=dtype), torch.randn(V, D, device=device) / D**0.5
@@ -1661,14 +1666,9 @@ def decayed_attention(q_BTHK, k_BTHK, v_BTHU, slope_H, state_BHKU=None, doc_BT=N
 def bench_linear(device, dtype, quick):
     shapes = [(8, 1024, 12, 64, 0), (8, 2048, 16, 128, 0), (2, 16384, 16, 128, 0), (1, 65536, 16, 128, 0), (2, 16384, 16, 128, 1000)]
     peers = {}
-    if device == "cuda":
-        try:
-            from fla.ops.retention import chunk_retention        # optional: peers, timed where they are installed
-            from fla.ops.simple_gla import chunk_simple_gla
-            peers = {"fla simple_gla": lambda q, k, v, slope, *_: chunk_simple_gla(q, k, v, g_gamma=-slope, scale=1.0)[0],
-                     "fla retention": lambda q, k, v, *_: chunk_retention(q, k, v, scale=1.0)[0]}            # slopes of its own
-        except ImportError:
-            print("fla is not installed: no peer")
+    if device == "cuda" and (gla := peer("fla.ops.simple_gla")) and (retention := peer("fla.ops.retention")):
+        peers = {"fla simple_gla": lambda q, k, v, slope, *_: gla.chunk_simple_gla(q, k, v, g_gamma=-slope, scale=1.0)[0],
+                 "fla retention": lambda q, k, v, *_: retention.chunk_retention(q, k, v, scale=1.0)[0]}      # slopes of its own
     for B, T, H, K, length in shapes[1::2] if quick else shapes:
         B, T, H, K = (B, T, H, K) if device == "cuda" else (1, 128, 2, 32)
         torch.manual_seed(0)
@@ -2332,6 +2332,8 @@ def bench_optim(device, dtype, quick):
     yield Case("newton_schulz", f"{L}x{R}x{R}", ours, ref, peers, (), (draw(L, R, R),), (20 * L * R**3, 0), (0, 0))
     leaves, peers = (draw(D, D), draw(D, D) / D**0.5), {"F.linear": F.linear}
     yield Case("fp8_matmul", f"{D}x{D}x{D}", fp8_matmul, fp8_matmul_ref, peers, leaves, (), (2 * D**3, 4 * D**3), (0, 0))
+
+
 # ---- Start-up (what should a run that compiles nothing not wait for?) ----
 
 def skip_dynamo():

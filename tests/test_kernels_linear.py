@@ -1,5 +1,4 @@
 """decayed_attention: the tiled reference against the sum written out, and the Triton sweeps against the reference."""
-
 import pytest
 import torch
 

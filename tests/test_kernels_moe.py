@@ -1,5 +1,4 @@
 """kernels.py's moe_mlp and moe.py's --dispatch=triton: the reference against the paper, the kernels against the reference."""
-
 import pytest
 import torch
 import torch.nn.functional as F

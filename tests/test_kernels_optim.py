@@ -1,5 +1,4 @@
 """AdamW with stochastic rounding, Muon's Newton-Schulz, blockwise fp8: against the papers, torch's own, and the interpreter."""
-
 import pytest
 import torch
 import torch.nn.functional as F
