@@ -33,11 +33,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as td
 import torch.nn as nn
 import torch.nn.functional as F
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dist import ALONE, World, bounds, move, row_places, swap
 from kernels import (Sight, add_rmsnorm, best_ms, decayed_attention, flash, flash_decode, no_autocast, qk_norm_rope, rmsnorm, rope_ref,
                      takes_triton)
 from tokenizer import UsageError, run_cli
@@ -199,13 +201,13 @@ def alibi_slopes(H):
     return torch.tensor(slopes + [2 ** (-4 * h / below) for h in range(1, 2 * (H - below), 2)])
 
 
-def t5_bias(cfg, distance_TS, this):
-    bucket_TS = t5_bucket(distance_TS, cfg.t5_buckets, cfg.t5_distance, both_ways=not this.causal)
-    return this.rel_bias(bucket_TS).permute(2, 0, 1)[None]
+def t5_bias(cfg, distance_TS, this, heads):
+    bucket_TS, first = t5_bucket(distance_TS, cfg.t5_buckets, cfg.t5_distance, both_ways=not this.causal), bounds(cfg.n_head, this.world.tp)[0]
+    return this.rel_bias(bucket_TS)[..., heads.start - first:heads.stop - first].permute(2, 0, 1)[None]      # the table has this rank's heads
 
 
-def alibi_bias(cfg, distance_TS, this):
-    return -alibi_slopes(cfg.n_head).to(distance_TS.device).view(1, -1, 1, 1) * distance_TS.abs()
+def alibi_bias(cfg, distance_TS, this, heads):
+    return -alibi_slopes(cfg.n_head)[heads].to(distance_TS.device).view(1, -1, 1, 1) * distance_TS.abs()
 
 
 POSITION_BIAS = {                  # [1, H, T, S], added to the scores
@@ -416,6 +418,9 @@ class Pass:
     image_BS: torch.Tensor = None            # tokens with the same number above 0 see each other both ways
     rel_bias: nn.Module = None               # T5: the table of biases
     dtype: torch.dtype = torch.float32       # of queries and keys
+    world: World = World()                   # whose tp shares the heads and whose cp the places of a row; all above is of whole rows
+    cp_mode: str = ""                        # how, a key of CP_MODES; "" where a rank has whole rows
+    zigzag: bool = False                     # which places of a row a rank has, as dist.row_places deals them
 
 
 def hide(bias, visible, dtype):
@@ -450,32 +455,28 @@ def seen_plainly(layer, this, T):
     return plain and (not this.causal or T == 1 or not this.past)
 
 
-def seen_keys(cfg, layer, this, q_T1, k_1S):
-    """bool [B or 1, H or 1, T, S]; None where no mask is needed."""
-    T, S, keys = len(q_T1), k_1S.shape[1], this.past + len(q_T1)
-    if seen_plainly(layer, this, T):
-        return None
+def seen_keys(cfg, layer, this, q_T1, k_1S, heads):
+    """bool [B or 1, H or 1, T, S]: which of the keys at these places of the row do queries at those see."""
+    T, S, of_q, of_k = len(q_T1), k_1S.shape[1], lambda t: t[:, q_T1[:, 0]], lambda t: t[:, k_1S[0]]
     see = (k_1S <= q_T1) if this.causal else torch.ones(T, S, dtype=torch.bool, device=k_1S.device)
     see = see[None, None]
     if this.prefix_B is not None:
         prefix_B111 = this.prefix_B[:, None, None, None]
         see = see | (q_T1 < prefix_B111) & (k_1S < prefix_B111)
     if this.image_BS is not None:
-        image_BS = this.image_BS[:, keys - S:]
-        q_B1T1, k_B11S = image_BS[:, None, -T:, None], image_BS[:, None, None]
+        q_B1T1, k_B11S = of_q(this.image_BS)[:, None, :, None], of_k(this.image_BS)[:, None, None]
         see = see | (q_B1T1 == k_B11S) & (q_B1T1 > 0)
     if layer.window:                                             # w keys, one's own among them; it bounds the past of images too
         away_TS = q_T1 - k_1S
         see = see & ((away_TS if this.causal else away_TS.abs()) < layer.window)
     if layer.attn in PATTERNS:                                   # patterns count places inside a document
-        place_BS = places_in_documents(this.doc_BS, keys, k_1S.device)
-        head_H11 = torch.arange(cfg.n_head, device=k_1S.device)[:, None, None]
+        place_BS = places_in_documents(this.doc_BS, this.past + this.positions_BT.shape[1], k_1S.device)
+        head_H11 = torch.arange(cfg.n_head, device=k_1S.device)[heads, None, None]
         stride, width = sparse_sizes(cfg)
-        q_B1T1, k_B11S = place_BS[:, None, this.past:, None], place_BS[:, None, None, keys - S:]
+        q_B1T1, k_B11S = of_q(place_BS)[:, None, :, None], of_k(place_BS)[:, None, None]
         see = see & PATTERNS[layer.attn](q_B1T1, k_B11S, head_H11, stride, width)
     if this.doc_BS is not None:
-        doc_BS = this.doc_BS[:, keys - S:]
-        see = see & (doc_BS[:, None, -T:, None] == doc_BS[:, None, None])
+        see = see & (of_q(this.doc_BS)[:, None, :, None] == of_k(this.doc_BS)[:, None, None])
     return see
 
 
@@ -485,13 +486,13 @@ def rope_base(cfg, attn):
     return (cfg.rope_local_theta, "none") if local else (cfg.rope_theta, cfg.rope_scaling)
 
 
-def rope_of(cfg, layer, this, length):
+def rope_of(cfg, layer, this, positions_BT, length):
     """The turning of one kind of layer."""
     mixer, (theta, scaling) = ATTENTION[layer.attn], rope_base(cfg, layer.attn)
     dim = mixer.rotary(cfg)
     inv_freq_J, factor = inverse_frequencies(dim, theta, scaling, cfg, length)
     dtype = torch.promote_types(this.dtype, torch.float32) if mixer.recurrent else this.dtype
-    return Rope(this.positions_BT, dim, inv_freq_J, factor, cfg.rope_layout, dtype)
+    return Rope(positions_BT, dim, inv_freq_J, factor, cfg.rope_layout, dtype)
 
 
 def sight_of(cfg, layer, this, S):
@@ -514,29 +515,52 @@ def sight_of(cfg, layer, this, S):
 class Places:
     """What one kind of layer reads of a Pass. `rope` turns heads (`turns`: RoPE is on); `added` joins the scores: a bias, and
     -inf where a key is hidden (None: no bias and no mask); `sight` is the same for flash (None: it can't); the one
-    that will be asked for is made at once. `stored`: the scores are to be kept in memory; `plain`: SDPA needs no mask."""
+    that will be asked for is made at once. `stored`: the scores are to be kept in memory; `plain`: SDPA needs no mask.
+    q_T1 and k_1S are places of the row: of this rank's queries and of the keys that they will meet (cp: of all ranks, one after the
+    other, or, with `way` ulysses, both of the whole row for some of the heads)."""
 
     def __init__(self, cfg, layer, this):
-        mixer, past, device = ATTENTION[layer.attn], this.past, this.positions_BT.device
-        T = this.positions_BT.shape[1]
-        self.positions_BT, self.causal, self.rope, self.turns = this.positions_BT, this.causal, None, False
+        mixer, past, device, self.world = ATTENTION[layer.attn], this.past, this.positions_BT.device, this.world
+        T, cp, self.causal, self.rope, self.turns = this.positions_BT.shape[1], this.world.cp, this.causal, None, False
+        here = row_places(T, cp, this.zigzag)                                        # of the places of these rows, mine
+        first, own = past + int(here[0]), lambda t: t if cp.size == 1 or t is None else t[:, here.to(device)]
+        self.positions_BT, self.row, self.way = own(this.positions_BT), T, this.cp_mode
         self.ahead = this.prefix_B is not None or this.image_BS is not None          # some keys come after their queries
-        self.doc_BT = None if this.doc_BS is None else this.doc_BS[:, past:]
-        self.doc_before_B = None if this.doc_BS is None or not past else this.doc_BS[:, past - 1]
+        self.doc_BT = None if this.doc_BS is None else own(this.doc_BS[:, past:])
+        self.doc_before_B = None if this.doc_BS is None or not first else this.doc_BS[:, first - 1]
         if cfg.pos == "rope" and mixer.rotary(cfg) > 0:
-            self.rope, self.turns = rope_of(cfg, layer, this, past + T), True
+            self.rope, self.turns = rope_of(cfg, layer, this, self.positions_BT, past + T), True
+        self.of, self.made = (cfg, layer, this), {}
         if mixer.recurrent:
             return
-        kept = min(past, layer.window - 1) if layer.window else past                 # what LayerCache holds
-        k_1S = torch.arange(past - kept, past + T, device=device)[None]
-        self.q_T1, self.k_1S, self.of, self.made = k_1S[:, kept:].T, k_1S, (cfg, layer, this), {}
+        low, high = bounds(cfg.n_head, this.world.tp)
+        if self.way == "ulysses":
+            low, high = (low + place for place in bounds(high - low, cp))
+        self.heads = slice(low, high)                                                # those whose scores this rank makes
+        if self.way in ("", "ulysses"):
+            kept = min(past, layer.window - 1) if layer.window else past             # what LayerCache holds
+            self.k_1S = torch.arange(past - kept, past + T, device=device)[None]
+            self.q_T1 = self.k_1S[:, kept:].T
+        else:
+            self.k_1S = torch.cat([row_places(T, cp, this.zigzag, rank) for rank in range(cp.size)]).to(device)[None]
+            self.q_T1 = here[:, None].to(device)
+        self.whole = self.way in ("", "ulysses")                                     # keys in their order, the newest of them the queries'
         changed = cfg.attn_softcap or cfg.sinks or cfg.pos == "shaw"                 # scores that SDPA does not make
-        self.plain = seen_plainly(layer, this, T) and cfg.pos not in POSITION_BIAS and not changed
-        self.stored = bool(changed) or small_half(this.dtype, device, kept + T, not self.plain)
-        self.slope_H = alibi_slopes(cfg.n_head).to(device) if cfg.pos == "alibi" else None
+        unhidden = self.whole and seen_plainly(layer, this, T)
+        self.plain = unhidden and cfg.pos not in POSITION_BIAS and not changed
+        self.stored = bool(changed) or small_half(this.dtype, device, self.k_1S.shape[1], not self.plain)
+        self.unhidden = unhidden and not (this.causal and T > 1 and (self.stored or cfg.pos in POSITION_BIAS))
+        self.slope_H = alibi_slopes(cfg.n_head)[self.heads].to(device) if cfg.pos == "alibi" else None
         # made here, not in the blocks, which may be compiled, or run again for what a checkpoint did not keep
-        if self.plain or cfg.attn_dropout or not takes_triton(this.positions_BT) or self.sight is None:
+        if self.way != "ring" and (self.plain or cfg.attn_dropout or not takes_triton(this.positions_BT) or self.sight is None):
             self.added
+
+    def goes_through(self):
+        """1 where one document fills this rank's part of a row and began before it: a state gets through."""
+        if self.doc_BT is None:
+            return torch.ones(1, device=self.positions_BT.device)
+        through_B = self.doc_BT[:, 0] == self.doc_BT[:, -1]
+        return (through_B if self.doc_before_B is None else through_B & (self.doc_before_B == self.doc_BT[:, 0])).float()
 
     @property
     def distance_TS(self):
@@ -545,18 +569,21 @@ class Places:
     @property
     def sight(self):
         if "sight" not in self.made:
-            self.made["sight"] = sight_of(*self.of, self.k_1S.shape[1])
+            turned = self.of[1].attn in ("strided", "fixed") and self.heads.start      # kernels count heads from 0
+            self.made["sight"] = sight_of(*self.of, self.k_1S.shape[1]) if self.whole and not turned else None
         return self.made["sight"]
+
+    def added_to(self, q_T1, k_1S):
+        """What joins the scores of these queries with these keys: [B or 1, H or 1, T, S], or None."""
+        cfg, layer, this = self.of
+        visible = None if self.unhidden else seen_keys(cfg, layer, this, q_T1, k_1S, self.heads)
+        bias = POSITION_BIAS[cfg.pos](cfg, k_1S - q_T1, this, self.heads).to(this.dtype) if cfg.pos in POSITION_BIAS else None
+        return hide(bias, visible, this.dtype)
 
     @property
     def added(self):
         if "added" not in self.made:
-            cfg, layer, this = self.of
-            visible = seen_keys(cfg, layer, this, self.q_T1, self.k_1S)
-            bias = POSITION_BIAS[cfg.pos](cfg, self.distance_TS, this).to(this.dtype) if cfg.pos in POSITION_BIAS else None
-            if visible is None and this.causal and len(self.q_T1) > 1 and (self.stored or bias is not None):
-                visible = (self.distance_TS <= 0)[None, None]
-            self.made["added"] = hide(bias, visible, this.dtype)
+            self.made["added"] = self.added_to(self.q_T1, self.k_1S)
         return self.made["added"]
 
 
@@ -567,7 +594,7 @@ def places_of_memory(this, memory_doc_BS):
         doc_B1S = memory_doc_BS[:, None]
         visible = (doc_B1S >= 0 if this.doc_BS is None else doc_B1S == this.doc_BS[:, this.past:, None])[:, None]
     added = hide(None, visible, this.dtype)
-    return SimpleNamespace(causal=False, stored=False, plain=added is None, sight=None, slope_H=None, added=added)
+    return SimpleNamespace(causal=False, stored=False, plain=added is None, sight=None, slope_H=None, added=added, way="")
 
 
 # ---- Cache (what is remembered about the past) ----
@@ -729,7 +756,12 @@ def attend(q_BTHK, k_BSGK, v_BSGU, at, scale, dropout=0.0, softcap=0.0, sinks=No
 
     softcap: scores s become c tanh(s / c). sinks [H]: a logit a head that takes probability and has no value. shaw: vectors of
     the relative positions, ([2c+1, K] for keys, [2c+1, U] for values, index [T, S]). Our kernels where they run, else these
-    three need at.stored and take plain products; all else is PyTorch's SDPA, which never stores the scores either."""
+    three need at.stored and take plain products; all else is PyTorch's SDPA, which never stores the scores either. Where
+    ranks share the row, --cp_mode brings queries and keys together."""
+    return CP_MODES[at.way](q_BTHK, k_BSGK, v_BSGU, at, scale, dropout, softcap, sinks, shaw)
+
+
+def attend_here(q_BTHK, k_BSGK, v_BSGU, at, scale, dropout=0.0, softcap=0.0, sinks=None, shaw=None):
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     if decode_runs(q_BTHK, v_BSGU, at, dropout, shaw):
         return flash_decode(q_BTHK[:, 0], k_BSGK, v_BSGU, scale, softcap, sinks, at.sight.doc_BS)[:, None]
@@ -757,12 +789,135 @@ def attend(q_BTHK, k_BSGK, v_BSGU, at, scale, dropout=0.0, softcap=0.0, sinks=No
     return y_BHTU.reshape(B, 1, H, -1) if T == 1 else y_BHTU.transpose(1, 2)
 
 
+# ---- Context parallel (how do queries meet the keys of other ranks?) ----
+
+def gathered(q_BTHK, k_BTGK, v_BTGU, at, *how):
+    """Every rank gets all keys and values of the row.                                                  [Llama3 sec 3.3.2]"""
+    if k_BTGK.shape[1] < at.row:                                 # MLA gathers its latents, which are smaller
+        k_BTGK, v_BTGU = (move(t, at.world.cp, "gather", "scatter", 1) for t in (k_BTGK, v_BTGU))
+    return attend_here(q_BTHK, k_BTGK, v_BTGU, at, *how)
+
+
+def ulysses(q_BTHK, k_BTGK, v_BTGU, at, scale, dropout, softcap, sinks, shaw):
+    """Every rank gets the whole row of some of the heads, and gives the outputs back.                       [Ulysses sec 3.1]"""
+    cp, H, G = at.world.cp, q_BTHK.shape[2], k_BTGK.shape[2]
+    if G % cp.size:
+        k_BTGK, v_BTGU = (t.repeat_interleave(H // G, 2) for t in (k_BTGK, v_BTGU))
+    q_BSHK, k_BSGK, v_BSGU = (swap(t, cp, 2, 1) for t in (q_BTHK, k_BTGK, v_BTGU))
+    y_BSHU = attend_here(q_BSHK, k_BSGK, v_BSGU, at, scale, dropout, softcap, sinks if sinks is None else sinks.chunk(cp.size)[cp.rank], shaw)
+    return swap(y_BSHU, cp, 1, 2)
+
+
+class Ring(torch.autograd.Function):
+    """Keys and values travel from rank to rank while each computes with what it has; a running log-sum-exp joins the parts, and
+    backward makes the probabilities again from it, while gradients of keys and values travel along.     [Ring sec 3, Flash2 alg 1]
+    Scores exist a quarter of a block at a time: half of the queries by half of the keys, where any of them is seen."""
+
+    @staticmethod
+    def forward(ctx, q_BTHK, k_BTGK, v_BTGU, sinks, at, scale, softcap):
+        wide = torch.promote_types(q_BTHK.dtype, torch.float32)
+        q_BHTK, k_BGTK, v_BGTU = (t.transpose(1, 2).to(wide).contiguous() for t in (q_BTHK, k_BTGK, v_BTGU))
+        y_BHTU = q_BHTK.new_zeros(*q_BHTK.shape[:3], v_BGTU.shape[-1])
+        lse_BHT1 = q_BHTK.new_full((*q_BHTK.shape[:3], 1), -torch.inf)
+        if sinks is not None:                                    # a key of its own, with no value
+            lse_BHT1 = sinks.to(wide).view(1, -1, 1, 1).expand_as(lse_BHT1).clone()
+        travelling = k_BGTK, v_BGTU
+        for turn in range(at.world.cp.size):
+            k, v = travelling = Ring.pass_on(at.world.cp, travelling) if turn else travelling
+            for qs, ks, added in Ring.blocks(at, turn):
+                score, _ = Ring.scores(q_BHTK[:, :, qs], k[:, :, ks], added, scale, softcap)
+                new = score.logsumexp(-1, keepdim=True)
+                both = torch.logaddexp(lse_BHT1[:, :, qs], new)
+                base = both.masked_fill(both == -torch.inf, 0.0)             # no key seen yet
+                y_BHTU[:, :, qs] = y_BHTU[:, :, qs] * (lse_BHT1[:, :, qs] - base).exp() + (score - base).exp() @ for_heads(v[:, :, ks], score.shape[1])
+                lse_BHT1[:, :, qs] = both
+        ctx.save_for_backward(q_BHTK, k_BGTK, v_BGTU, sinks, y_BHTU, lse_BHT1)
+        ctx.rest, ctx.kinds = (at, scale, softcap), (q_BTHK.dtype, k_BTGK.dtype, v_BTGU.dtype)
+        return y_BHTU.transpose(1, 2).to(v_BTGU.dtype)
+
+    @staticmethod
+    def backward(ctx, dy_BTHU):
+        (q, k0, v0, sinks, y, lse), (at, scale, softcap) = ctx.saved_tensors, ctx.rest
+        dy, dq, G = dy_BTHU.transpose(1, 2).to(q.dtype), torch.zeros_like(q), k0.shape[1]
+        delta = (dy * y).sum(-1, keepdim=True)
+        shared = lambda t: t.unflatten(1, (G, -1)).sum(2)        # heads of a group share a key
+        travelling = k0, v0, torch.zeros_like(k0), torch.zeros_like(v0)
+        for turn in range(at.world.cp.size):
+            k, v, dk, dv = travelling
+            for qs, ks, added in Ring.blocks(at, turn):
+                k_here, v_here = (for_heads(t[:, :, ks], q.shape[1]) for t in (k, v))
+                score, slope = Ring.scores(q[:, :, qs], k[:, :, ks], added, scale, softcap)
+                p = (score - lse[:, :, qs]).exp().nan_to_num(0.0)            # rows that see nothing
+                dscore = p * (dy[:, :, qs] @ v_here.mT - delta[:, :, qs]) * slope * scale
+                dq[:, :, qs] += dscore @ k_here
+                dk[:, :, ks] += shared(dscore.mT @ q[:, :, qs])
+                dv[:, :, ks] += shared(p.mT @ dy[:, :, qs])
+            travelling = Ring.pass_on(at.world.cp, travelling)             # after the last turn they are home
+        dsinks = None if sinks is None else -((sinks.view(1, -1, 1, 1) - lse).exp() * delta).sum((0, 2, 3)).to(sinks.dtype)
+        return *(t.transpose(1, 2).to(kind) for t, kind in zip((dq, *travelling[2:]), ctx.kinds)), dsinks, None, None, None
+
+    @staticmethod
+    def scores(q, k, added, scale, softcap):
+        """(scores, what their gradient is multiplied by)"""
+        score, slope = q @ for_heads(k, q.shape[1]).mT * scale, 1.0
+        if softcap:
+            tanh = torch.tanh(score / softcap)
+            score, slope = softcap * tanh, 1 - tanh.square()
+        return score if added is None else score + added.to(score.dtype), slope
+
+    @staticmethod
+    def blocks(at, turn):
+        """[(queries, keys, what joins their scores)] of the keys that are here on this turn, without those that nobody sees."""
+        cp, T, window = at.world.cp, len(at.q_T1), at.of[1].window
+        k_1S = at.k_1S[:, (cp.rank - turn) % cp.size * T:][:, :T]
+        halves, ends, seen = [slice(0, (T + 1) // 2), slice((T + 1) // 2, T)], lambda t: (int(t.min()), int(t.max())), []
+        for qs, ks in ((qs, ks) for qs in halves for ks in halves if len(at.q_T1[qs]) and len(at.q_T1[ks])):
+            (q_low, q_high), (k_low, k_high) = ends(at.q_T1[qs]), ends(k_1S[:, ks])
+            near = not window or q_low - k_high < window and (at.causal or k_low - q_high < window)
+            if at.ahead or near and (not at.causal or k_low <= q_high):
+                seen.append((qs, ks, at.added_to(at.q_T1[qs], k_1S[:, ks])))
+        return seen
+
+    @staticmethod
+    def pass_on(cp, tensors):
+        """Tensors to the next rank of the ring, and those of the one before."""
+        sent, came = [t.contiguous() for t in tensors], [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+        after, before = cp.ranks[(cp.rank + 1) % cp.size], cp.ranks[cp.rank - 1]
+        ops = [td.P2POp(td.isend, t, after, group=cp.pg) for t in sent] + [td.P2POp(td.irecv, t, before, group=cp.pg) for t in came]
+        for work in td.batch_isend_irecv(ops):
+            work.wait()
+        return came
+
+
+@torch.compiler.disable
+def ring(q_BTHK, k_BTGK, v_BTGU, at, scale, dropout, softcap, sinks, shaw):
+    assert not dropout and shaw is None, "refused by dist.validate"
+    return Ring.apply(q_BTHK, k_BTGK, v_BTGU, sinks, at, scale, softcap)
+
+
+CP_MODES = {                       # flag --cp_mode
+    "": attend_here,               # rows are whole
+    "gather": gathered,            # every rank gets all keys
+    "ulysses": ulysses,            # every rank gets all places of some heads
+    "ring": ring,                  # keys go round
+}
+
+
 # ---- MHA, GQA, MQA and windows (all keys, shared ones, or near ones) ----
 
 # A mixer, here and below, is Mixer(cfg, layer) with forward(x_BTD, at, cache): Places and a LayerCache. It says what it costs,
 # macs(T) and kept(T), and its class answers before one is built: recurrent, and rotary(cfg), the channels that RoPE turns.
 
 QK_NORMS = ("none", "head", "width")       # flag --qk_norm
+
+
+def wide_norm(norm, x_BTF, tp):
+    """RMSNorm over all heads, of which tp holds a part of the channels each."""
+    if tp.size == 1:
+        return norm(x_BTF)
+    wide_BTF = x_BTF.to(torch.promote_types(x_BTF.dtype, torch.float32))
+    square_BT1 = move(wide_BTF.square().sum(-1, keepdim=True), tp, "sum", "sum") / (tp.size * x_BTF.shape[-1])
+    return (wide_BTF * torch.rsqrt(square_BT1 + norm.eps) * norm.gain).to(x_BTF.dtype)
 
 
 def gated(mixer, x_BTD, y):
@@ -774,6 +929,7 @@ class MHA(nn.Module):
     """Multi-head attention [AIAYN sec 3.2.2]. Fewer key/value heads than query heads make it GQA, a single one MQA; a window
     or a sparse pattern is a matter of Places alone."""
     recurrent = False                      # keeps keys, not a state
+    tp, picked = ALONE, slice(None)        # the ranks that share the heads; which key heads of the projections it reads
 
     def __init__(self, cfg, layer):
         super().__init__()
@@ -814,19 +970,29 @@ class MHA(nn.Module):
     def rotary(cfg):
         return int(head_dim(cfg) * cfg.rope_fraction)
 
+    def share(self, tp):
+        """Read with this rank's part of the query heads, and of the key heads with those that serve them."""
+        first, G = bounds(self.n_head, tp)[0] * self.n_kv_head // self.n_head, self.n_kv_head
+        if G % tp.size:                    # fewer than ranks: their projections stay whole, and each rank reads one
+            self.picked = slice(first, first + 1)
+        self.tp, self.n_head, self.n_kv_head = tp, self.n_head // tp.size, max(1, G // tp.size)
+
     def queries(self, x_BTD, norm=True):
-        return self.split(self.w_q(x_BTD), self.n_head, self.q_norm if norm else None)
+        return self.split(self.w_q(x_BTD), self.q_norm if norm else None, self.tp)
 
     def keys_values(self, x_BSD, norm=True):
-        k_BSGK = self.split(self.w_k(x_BSD), self.n_kv_head, self.k_norm if norm else None)
-        return k_BSGK, self.split(self.w_v(x_BSD), self.n_kv_head)
+        tp = self.tp if self.picked == slice(None) else ALONE
+        k_BSGK = self.split(self.w_k(x_BSD), self.k_norm if norm else None, tp)
+        return k_BSGK[:, :, self.picked], self.split(self.w_v(x_BSD))[:, :, self.picked]
 
-    def split(self, y_BTD, heads, norm=None):
+    def split(self, y_BTD, norm=None, tp=ALONE):
         """Norm, clip, and cut into heads [B, T, heads, K]."""
-        if norm is not None:
-            y_BTD = norm(y_BTD.unflatten(-1, (-1, norm.weight.shape[0]))).flatten(2)
+        if norm is not None and norm.weight.shape[0] == self.head_dim:
+            y_BTD = norm(y_BTD.unflatten(-1, (-1, self.head_dim))).flatten(2)
+        elif norm is not None:
+            y_BTD = wide_norm(norm, y_BTD, tp)
         y_BTD = y_BTD.clamp(-self.clip, self.clip) if self.clip else y_BTD                       # in this order in OLMoE
-        return y_BTD.unflatten(-1, (heads, self.head_dim))
+        return y_BTD.unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x_BTD, at, cache=None):
         together = at.turns and self.norm_turns                  # the norms of heads are left to what turns them
@@ -835,8 +1001,9 @@ class MHA(nn.Module):
         if at.turns:
             q_BTHK, k_BSGK = at.rope.both(q_BTHK, k_BSGK, *(self.q_norm, self.k_norm) if together else ())
         elif self.lrpe is not None:
-            each = self.lrpe.repeat_interleave(self.n_head // self.n_kv_head, 0)
-            q_BTHK, k_BSGK = lrpe(q_BTHK, each, at.positions_BT), lrpe(k_BSGK, self.lrpe, at.positions_BT)
+            theta = self.lrpe[self.picked]
+            each = theta.repeat_interleave(self.n_head // self.n_kv_head, 0)
+            q_BTHK, k_BSGK = lrpe(q_BTHK, each, at.positions_BT), lrpe(k_BSGK, theta, at.positions_BT)
         if cache is not None:                                    # turned before the cache: a cached key must not depend on who asks
             k_BSGK, v_BSGU = cache.append(k_BSGK, v_BSGU)
         return self.read(x_BTD, q_BTHK, k_BSGK, v_BSGU, at)
@@ -929,6 +1096,10 @@ class MLA(nn.Module):
         self.w_gate = nn.Linear(D, H * U, bias=False) if cfg.attn_gate else None
         self.sinks = given(torch.zeros(H)) if cfg.sinks else None
 
+    def share(self, tp):
+        """Read with this rank's part of the heads; all ranks make the latents."""
+        self.n_head //= tp.size
+
     @staticmethod
     def rotary(cfg):
         return cfg.qk_rope_head_dim or max(2, head_dim(cfg) // 4 * 2)                              # d_h^R = d_h / 2
@@ -943,6 +1114,8 @@ class MLA(nn.Module):
             kr_BTP = kr_BT1P[:, :, 0]
         latent_BTL = torch.cat([rmsnorm(c_BTR, self.kv_gain), kr_BTP], -1)
         latent_BSL = latent_BTL if cache is None else cache.append(latent_BTL)[0]
+        if at.way == "gather":
+            latent_BSL = move(latent_BSL, at.world.cp, "gather", "scatter", 1)
         way = self.absorbed if cache is not None and self.absorbing_pays(x_BTD.shape[1], latent_BSL.shape[1]) else self.expanded
         return self.w_o(gated(self, x_BTD, way(qn_BTHN, qr_BTHP, latent_BSL, at).flatten(2)))              # [DSV2 eq 19]
 
@@ -1035,6 +1208,15 @@ def decayed_scores(x_BHCK, k_BHCK, left_BHCCJ):
     return torch.einsum("bhtk,bhtsk->bhts", x_BHCK, left_BHCCJ * k_BHCK[:, :, None])
 
 
+def carried(kept, wrote_BHKU, cp, times):
+    """The state that enters rank cp.rank, when rank r turns a state M into kept_r M + wrote_r."""
+    kept_n, wrote_n = (move(t[None].contiguous(), cp, "gather", "scatter") for t in (kept, wrote_BHKU))
+    state_BHKU = torch.zeros_like(wrote_BHKU) + 0 * (kept_n.sum() + wrote_n.sum())           # all ranks have a gradient to send back
+    for rank in range(cp.rank):
+        state_BHKU = times(kept_n[rank], state_BHKU) + wrote_n[rank]
+    return state_BHKU
+
+
 class Recurrent(nn.Module):
     """What the variants share: H heads of q, k, v, and a state that goes from call to call in cache.kept."""
     recurrent = True
@@ -1044,6 +1226,7 @@ class Recurrent(nn.Module):
         if cfg.tile < 1:
             raise UsageError(f"--tile={cfg.tile}: the past is summed in tiles of at least one token; use --tile=64")
         self.n_head, self.head_dim, self.tile = cfg.n_head, head_dim(cfg), cfg.tile
+        self.all_heads, self.heads, self.tp = cfg.n_head, slice(None), ALONE         # the heads of this rank, where tp shares them
         self.key_dim = self.value_dim = self.head_dim        # of the state
         self.scores = self.reads = 1                         # products q.k of a pair, readings of the state by a token
         D, H, K = cfg.n_embd, self.n_head, self.head_dim
@@ -1059,9 +1242,26 @@ class Recurrent(nn.Module):
     def qkv(self, x_BTD):
         return [w(x_BTD).unflatten(-1, (self.n_head, self.head_dim)) for w in (self.w_q, self.w_k, self.w_v)]
 
+    def share(self, tp):
+        """Read with this rank's part of the heads."""
+        self.tp, self.heads, self.n_head = tp, slice(*bounds(self.n_head, tp)), self.n_head // tp.size
+
     def before(self, cache, n=1):
         """The n states that the last call left; None each where there was none."""
         return list(cache.kept) if cache is not None and cache.kept else [None] * n
+
+    def state(self, cache, k_BTHK, v_BTHU, slope_H, at):
+        """The state before the first token here: what the last call left or, where ranks share the row, what those before this one
+        wrote: each its part from an empty state, e^(-slope (T - 1 - t)) k_t v_t^T summed over its last document."""
+        if not at.way:
+            return self.before(cache)[0]
+        T, doc_BT = k_BTHK.shape[1], documents(at.doc_BT, at.doc_before_B, k_BTHK)[0]
+        wide, steps_T1 = torch.promote_types(k_BTHK.dtype, torch.float32), torch.arange(T - 1, -1, -1, device=k_BTHK.device)[:, None]
+        left_BTH1 = (-slope_H * steps_T1).exp()[None, :, :, None] * (doc_BT == doc_BT[:, -1:])[:, :, None, None]
+        with no_autocast(k_BTHK):
+            wrote_BHKU = torch.einsum("bthk,bthu->bhku", k_BTHK.to(wide) * left_BTH1, v_BTHU.to(wide))
+        kept_BH11 = (-slope_H * T).exp()[None, :, None, None] * at.goes_through()[:, None, None, None]
+        return carried(kept_BH11.expand(len(k_BTHK), -1, -1, -1), wrote_BHKU, at.world.cp, torch.mul)
 
     def keep(self, cache, T, *states):
         if cache is not None:
@@ -1109,13 +1309,16 @@ class Linear(Recurrent):
         q_BTHK, k_BTHK = self.phi(q_BTHK.to(wide)).to(kind), self.phi(k_BTHK.to(wide)).to(kind)
         one_BTH1, zero_H = torch.ones_like(v_BTHU[..., :1]), q_BTHK.new_zeros(self.n_head)
         states = self.before(cache, 1 + at.turns)
-        read = lambda q, k, v, state: decayed_attention(q, k, v.to(kind), zero_H, state, at.doc_BT, at.doc_before_B, self.tile)
+
+        def read(i, q, k, v):
+            before = self.state(None, k, v, zero_H, at) if at.way else states[i]
+            y, states[i] = decayed_attention(q, k, v.to(kind), zero_H, before, at.doc_BT, at.doc_before_B, self.tile)
+            return y
+
         if at.turns:                # turned features can have a negative product, so only the numerator turns   [RoPE eq 19]
-            y_BTHU, states[0] = read(at.rope(q_BTHK), at.rope(k_BTHK), v_BTHU, states[0])
-            sum_BTH1, states[1] = read(q_BTHK, k_BTHK, one_BTH1, states[1])
+            y_BTHU, sum_BTH1 = read(0, at.rope(q_BTHK), at.rope(k_BTHK), v_BTHU), read(1, q_BTHK, k_BTHK, one_BTH1)
         else:                       # the denominator is the numerator of a value that is always 1
-            y_BTHU, states[0] = read(q_BTHK, k_BTHK, torch.cat([v_BTHU, one_BTH1], -1), states[0])
-            y_BTHU, sum_BTH1 = y_BTHU.split([self.head_dim, 1], -1)
+            y_BTHU, sum_BTH1 = read(0, q_BTHK, k_BTHK, torch.cat([v_BTHU, one_BTH1], -1)).split([self.head_dim, 1], -1)
         self.keep(cache, x_BTD.shape[1], *states)
         return self.w_o((y_BTHU / (sum_BTH1 + 1e-6)).flatten(2).to(v_BTHU.dtype))
 
@@ -1134,16 +1337,25 @@ class Lightning(Recurrent):
         self.w_gate = nn.Linear(D, H * K, bias=False)
 
     def slopes(self, like):
-        h = torch.arange(1, self.n_head + 1, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-        return torch.exp2(-8 / self.n_head * h) * self.pace
+        h = torch.arange(1, self.all_heads + 1, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+        return (torch.exp2(-8 / self.all_heads * h) * self.pace)[self.heads]
 
     def forward(self, x_BTD, at, cache=None):
         q_BTHK, k_BTHK, v_BTHU = (F.silu(x) for x in self.qkv(x_BTD))
-        y_BTHU, state_BHKU = decayed_attention(q_BTHK, k_BTHK, v_BTHU, self.slopes(x_BTD), *self.before(cache),
+        slope_H = self.slopes(x_BTD)
+        y_BTHU, state_BHKU = decayed_attention(q_BTHK, k_BTHK, v_BTHU, slope_H, self.state(cache, k_BTHK, v_BTHU, slope_H, at),
                                                at.doc_BT, at.doc_before_B, self.tile)
         self.keep(cache, x_BTD.shape[1], state_BHKU)
-        y_BTF = self.norm(y_BTHU.flatten(2)).to(v_BTHU.dtype)
+        y_BTF = wide_norm(self.norm, y_BTHU.flatten(2), self.tp).to(v_BTHU.dtype)
         return self.w_o(self.w_gate(x_BTD).sigmoid() * y_BTF)
+
+
+class UnitRMS(nn.Module):
+    """RMSNorm without a gain."""
+    eps, gain = 1e-6, 1.0
+
+    def forward(self, x_BTF):
+        return F.rms_norm(x_BTF, x_BTF.shape[-1:], eps=self.eps)
 
 
 class TransNormer(Recurrent):
@@ -1158,22 +1370,24 @@ class TransNormer(Recurrent):
         if self.turns:
             self.lrpe, self.key_dim = given(lrpe_start(H, K)), 2 * K
         self.w_gate = nn.Linear(D, H * K, bias=False)
+        self.norm = UnitRMS()
 
     def slopes(self, like):
         """ALiBi's: 2^(-8/P), 2^(-16/P), ... for the P heads of the largest power of two, then every other one of 2P."""
-        h = torch.arange(self.n_head, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-        P = 1 << (self.n_head.bit_length() - 1)
-        return torch.exp2(-8 / P * torch.where(h < P, h + 1, h - P + 0.5)) * self.pace
+        h = torch.arange(self.all_heads, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+        P = 1 << (self.all_heads.bit_length() - 1)
+        return (torch.exp2(-8 / P * torch.where(h < P, h + 1, h - P + 0.5)) * self.pace)[self.heads]
 
     def forward(self, x_BTD, at, cache=None):
         q_BTHK, k_BTHK, v_BTHU = self.qkv(x_BTD)
         q_BTHK, k_BTHK = F.silu(q_BTHK), F.silu(k_BTHK)
         if self.turns:
             q_BTHK, k_BTHK = lrpe(q_BTHK, self.lrpe, at.positions_BT), lrpe(k_BTHK, self.lrpe, at.positions_BT)
-        y_BTHU, state_BHKU = decayed_attention(q_BTHK, k_BTHK, v_BTHU, self.slopes(x_BTD), *self.before(cache),
+        slope_H = self.slopes(x_BTD)
+        y_BTHU, state_BHKU = decayed_attention(q_BTHK, k_BTHK, v_BTHU, slope_H, self.state(cache, k_BTHK, v_BTHU, slope_H, at),
                                                at.doc_BT, at.doc_before_B, self.tile)
         self.keep(cache, x_BTD.shape[1], state_BHKU)
-        y_BTF = F.rms_norm(y_BTHU.flatten(2), (self.n_head * self.head_dim,), eps=1e-6).to(v_BTHU.dtype)
+        y_BTF = wide_norm(self.norm, y_BTHU.flatten(2), self.tp).to(v_BTHU.dtype)
         return self.w_o(self.w_gate(x_BTD) * y_BTF)
 
 
@@ -1211,16 +1425,31 @@ class GatedDeltaNet(Recurrent):
         y_BTF = sum(self.conv[:, i] * past_BSF[:, i:i + T] * (doc_BS[:, i:i + T] == doc_BT)[..., None] for i in range(C + 1))
         return F.silu(y_BTF), past_BSF[:, T:] * (doc_BS[:, T:] == doc_BS[:, -1:])[..., None]
 
+    def tail(self, x_BTF, at):
+        """What the convolution reads of the rank before this one."""
+        C, (doc_BT, _) = self.taps - 1, documents(at.doc_BT, at.doc_before_B, x_BTF)
+        own_BCF = x_BTF[:, -C:] * (doc_BT[:, -C:] == doc_BT[:, -1:])[..., None]
+        every = move(own_BCF[None].contiguous(), at.world.cp, "gather", "scatter")
+        return every[at.world.cp.rank - 1] * min(1, at.world.cp.rank)
+
     def forward(self, x_BTD, at, cache=None):
         state_BHKU, tail_BCF = self.before(cache, 2)
-        x_BTF, tail_BCF = self.convolve(torch.cat([x.flatten(2) for x in self.qkv(x_BTD)], -1), at, tail_BCF)
+        x_BTF = torch.cat([x.flatten(2) for x in self.qkv(x_BTD)], -1)
+        x_BTF, tail_BCF = self.convolve(x_BTF, at, self.tail(x_BTF, at) if at.way else tail_BCF)
         x_BTF = x_BTF.to(torch.promote_types(x_BTF.dtype, torch.float32))
         q_BTHK, k_BTHK, v_BTHU = (x.unflatten(-1, (self.n_head, self.head_dim)) for x in x_BTF.chunk(3, -1))
         q_BTHK, k_BTHK = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q_BTHK, k_BTHK))
         step_BTHJ = F.softplus(self.w_decay(x_BTD).to(x_BTF.dtype) + self.dt_bias).unflatten(-1, (self.n_head, -1))
         log_decay_BTHJ = -self.a_log.to(x_BTF.dtype).exp()[:, None] * step_BTHJ
-        y_BTHU, state_BHKU = recurrence(q_BTHK * self.key_dim**-0.5, k_BTHK, v_BTHU, log_decay_BTHJ,
-                                        self.w_beta(x_BTD).sigmoid(), state_BHKU, at.doc_BT, at.doc_before_B, self.tile)
+        beta_BTH = self.w_beta(x_BTD).sigmoid()
+        run = lambda v_BTHU, state: recurrence(q_BTHK * self.key_dim**-0.5, k_BTHK, v_BTHU, log_decay_BTHJ, beta_BTH, state, at.doc_BT,
+                                               at.doc_before_B, self.tile)
+        if at.way:                  # ranks share the row: what this one makes of any state before it, column by column, and of none
+            eye_BHKK = torch.eye(self.key_dim, device=x_BTF.device, dtype=x_BTF.dtype).expand(len(x_BTF), self.n_head, -1, -1)
+            start_BHKL = torch.cat([eye_BHKK, eye_BHKK.new_zeros(*eye_BHKK.shape[:3], v_BTHU.shape[-1])], -1)
+            end_BHKL = run(torch.cat([torch.zeros_like(k_BTHK), v_BTHU], -1), start_BHKL)[1]
+            state_BHKU = carried(*(t.contiguous() for t in end_BHKL.split([self.key_dim, v_BTHU.shape[-1]], -1)), at.world.cp, torch.matmul)
+        y_BTHU, state_BHKU = run(v_BTHU, state_BHKU)
         self.keep(cache, x_BTD.shape[1], state_BHKU, tail_BCF)
         gate_BTHU = self.gate(self.w_gate(x_BTD)).view_as(y_BTHU)
         return self.w_o((gate_BTHU * self.norm(y_BTHU).to(gate_BTHU.dtype)).flatten(2))

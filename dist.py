@@ -18,12 +18,13 @@ References:
 Run me:      python dist.py      (saves a checkpoint, damages it, recovers)
              torchrun --nproc_per_node=2 dist.py      (the same, and a token-weighted mean over two ranks)
 """
+import contextlib
 import datetime
 import hashlib
 import json
+import math
 import os
 import shutil
-import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -32,15 +33,32 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as td
+import torch.distributed._functional_collectives as funcol
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 
-from tokenizer import UsageError, atomic_write, cores, run_cli, sync_folder
+from tokenizer import UsageError, atomic_write, cores, flag, run_cli, sync_folder
 
 
 @dataclass
 class DistConfig:
     device: str = "auto"           # where to compute: auto (a GPU if there is one), cpu or cuda
-    dp: int = 0                    # data-parallel ranks; 0 means all that torchrun started
+    dp: int = 0                    # copies of the model that share the rows of a step; 0 means as many as pp, cp and tp leave
+    fsdp: int = flag(0, bare=3)    # ZeRO stage: 1 and 2 shard optimizer state and gradients, 3 (and the bare flag) weights, too
+    hsdp: int = 1                  # fsdp: copies of the sharded weights, so that weights are gathered among fewer ranks
+    tp: int = 1                    # ranks that share heads, hidden channels and the vocabulary
+    sp: bool = True                # with tp, what is between sublayers is cut along the row, not held by all
+    pp: int = 1                    # ranks that share the depth
+    pp_schedule: str = "1f1b"      # which micro-batch a pipeline stage works on next, a key of SCHEDULES_PP
+    microbatches: int = 0          # pp: micro-batches of a step; 0 means two a stage, where rows divide
+    cp: int = 1                    # ranks that share each row
+    cp_mode: str = "gather"        # how a query meets the keys of other ranks, a key of attention.py:CP_MODES
+    ep: int = 1                    # ranks that share the experts, taken from dp x cp
     timeout: int = 1800            # seconds after which a rank that waits for another gives up
+    deterministic: bool = False    # refuse operations whose result may change from run to run
+    world_size: int = 0            # plan: ranks of a cluster that is not there
 
 
 DEVICES = ("auto", "cpu", "cuda")  # flag --device
@@ -48,12 +66,43 @@ DEVICES = ("auto", "cpu", "cuda")  # flag --device
 
 # ---- The world (who am I among how many?) ----
 
-@dataclass
-class World:
-    """rank of size, and the device this rank computes on. At size one every collective below is the identity."""
+# Ranks stand in a grid of four axes, tp the fastest, so that those who talk most are neighbours:
+#     pp  stages: consecutive blocks
+#     dp  rows of the batch             dp x cp together are `batch`: gradients of dense weights are summed over it, FSDP shards over it,
+#     cp  parts of a row                and the experts of a layer are dealt to ep neighbours in it, `expert_copies` times over
+#     tp  heads, channels, vocabulary
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that share one thing: this is `rank` of `size`. At size one every collective below is the identity."""
     rank: int = 0
     size: int = 1
+    ranks: tuple = (0,)            # of the world
+    pg: object = None
+
+    @property
+    def name(self):
+        return self.pg.group_name if self.pg is not None else ""
+
+
+ALONE = Group()
+
+
+@dataclass(frozen=True)
+class World(Group):
+    """All ranks, the device this one computes on, and the groups it belongs to."""
     device: torch.device = torch.device("cpu")
+    pp: Group = ALONE
+    dp: Group = ALONE
+    cp: Group = ALONE
+    tp: Group = ALONE
+    batch: Group = ALONE           # dp x cp
+    ep: Group = ALONE
+    expert_copies: Group = ALONE   # ranks of batch that hold the same experts
+    shards: Group = ALONE          # ranks of batch that share weights under fsdp
+    copies: Group = ALONE          # those that hold the same shard (hsdp)
+    ends: Group = ALONE            # first and last rank of pp
+    sp: bool = False
 
     @property
     def main(self):
@@ -68,14 +117,16 @@ class World:
 def validate(cfg):
     """Refuse an impossible layout before any device is touched. Returns the number of ranks."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if cfg.dp and cfg.dp != size:
-        raise UsageError(f"--dp={cfg.dp} but {size} process{'es were' if size > 1 else ' was'} started; leave --dp out or run "
-                         f"torchrun --nproc_per_node={cfg.dp} train.py")
     if cfg.device not in DEVICES:
         raise UsageError(f"--device={cfg.device} is not known; use one of {DEVICES}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device=cuda but no GPU answers here; use --device=cpu or auto")
     return size
+
+
+def data_ranks(cfg, size):
+    """Copies of the model in a world of `size` ranks: what its other axes leave."""
+    return size // (cfg.pp * cfg.cp * cfg.tp)
 
 
 def init(cfg):
@@ -89,13 +140,39 @@ def init(cfg):
         torch.cuda.set_device(local)
     elif size > 1:                           # torchrun sets one thread a rank, which leaves the other cores of a CPU idle
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    if size > 1 and not td.is_initialized():
-        td.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=cfg.timeout))
-    return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if size == 1:
+        return World(device=device)
+    # the watchdog below is first to speak; this is for ranks that wait outside a step
+    wait = datetime.timedelta(seconds=cfg.timeout + 10)
+    if not td.is_initialized():
+        td.init_process_group("nccl" if cuda else "gloo", timeout=wait)
+    return World(rank, size, tuple(range(size)), td.group.WORLD, device, **groups(cfg, rank, size, wait), sp=cfg.sp and cfg.tp > 1)
+
+
+def groups(cfg, rank, size, wait):
+    """{name: Group} of this rank. All ranks make all groups, in the same order."""
+    dp = data_ranks(cfg, size)
+    grid = np.arange(size).reshape(cfg.pp, dp, cfg.cp, cfg.tp)
+    batch = grid.reshape(cfg.pp, dp * cfg.cp, cfg.tp)
+    copies = cfg.hsdp if cfg.fsdp else dp * cfg.cp
+    sharded, experts = (batch.reshape(cfg.pp, n, -1, cfg.tp) for n in (copies, batch.shape[1] // cfg.ep))
+    axes = dict(pp=(grid, 0), dp=(grid, 1), cp=(grid, 2), tp=(grid, 3), batch=(batch, 1), ep=(experts, 2), expert_copies=(experts, 1),
+                shards=(sharded, 2), copies=(sharded, 1), ends=(grid[[0, -1]] if cfg.pp > 1 else grid, 0))
+    made, own, alone = {}, {}, cfg.fsdp == 0                     # fully_shard wants a process group even of one
+    for name, (ranks, axis) in axes.items():
+        for members in np.moveaxis(ranks, axis, -1).reshape(-1, ranks.shape[axis]).tolist():
+            key = tuple(members)
+            if key not in made:
+                whole = len(key) == size
+                made[key] = None if len(key) == 1 and alone else td.group.WORLD if whole else td.new_group(members, timeout=wait)
+            if rank in key:
+                own[name] = Group(key.index(rank), len(key), key, made[key])
+    return own
 
 
 def shutdown():
-    """Leave the process group once all ranks have come this far. Let go of parallelize()'s module before: it holds the group,
+    """Leave the process group once all ranks have come this far. Let go of parallelize()'s step before: it holds the group,
     and freeing a gloo group from there can wait for ever on a thread that waits for Python."""
     if td.is_initialized():
         td.barrier()
@@ -104,10 +181,17 @@ def shutdown():
 
 # ---- Reductions (one number from all ranks) ----
 
-def all_sum(world, tensor):
-    """Sum over ranks, in place; the identity at size one."""
-    if world.size > 1:
-        td.all_reduce(tensor)
+def all_sum(group, tensor):
+    """Sum over the ranks of a group (a World is one), in place; the identity at size one."""
+    if group.size > 1:
+        td.all_reduce(tensor, group=group.pg)
+    return tensor
+
+
+def all_max(group, tensor):
+    """The same, the largest of each element."""
+    if group.size > 1:
+        td.all_reduce(tensor, td.ReduceOp.MAX, group=group.pg)
     return tensor
 
 
@@ -118,16 +202,33 @@ def any_rank(world, flag):
     return all_sum(world, torch.tensor([float(flag)], device=world.device)).item() > 0
 
 
-def from_main(world, text):
-    """Rank 0's text (up to 4,096 bytes), on every rank."""
+def all_texts(world, text):
+    """The texts of all ranks, on every rank."""
     if world.size == 1:
-        return text
-    box = torch.zeros(4096, dtype=torch.uint8)
-    raw = text.encode()
-    box[:len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else 0
-    box = box.to(world.device)
-    td.broadcast(box, 0)
-    return bytes(box.tolist()).rstrip(b"\0").decode()
+        return [text]
+    raw = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    sizes = torch.zeros(world.size, dtype=torch.long)
+    sizes[world.rank] = len(raw)
+    longest = int(all_sum(world, sizes.to(world.device)).max())
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    mine[:len(raw)] = raw
+    every = torch.empty(world.size * longest, dtype=torch.uint8, device=world.device)
+    td.all_gather_into_tensor(every, mine.to(world.device))
+    return [bytes(row).rstrip(b"\0").decode() for row in every.view(world.size, longest).tolist()]
+
+
+def from_main(world, text):
+    """Rank 0's text, on every rank."""
+    return all_texts(world, text if world.main else "")[0]
+
+
+def agree(world, what, text):
+    """Refuse to go on where ranks were told different things, and name them."""
+    texts = all_texts(world, text)
+    apart = [rank for rank, other in enumerate(texts) if other != texts[0]]
+    if apart:
+        raise UsageError(f"{what} differ between ranks: rank 0 has {texts[0][:200]}, rank {apart[0]} {texts[apart[0]][:200]}; start all "
+                         "ranks with the same command and the same files")
 
 
 def barrier(world):
@@ -135,33 +236,453 @@ def barrier(world):
         td.barrier()
 
 
-# ---- Data parallel (every rank a slice of the batch) ----
+# ---- Collectives of the layers (what crosses the network inside forward and backward) ----
 
-class LossOf(torch.nn.Module):
-    """The call that DDP must see to hook the backward pass: batch -> model.loss(batch)."""
+# Each is a move of a tensor and the move that its gradient makes on the way back. A sum that every rank goes on with the same way has
+# the whole gradient on every rank already, so "sum" goes back as "keep"; a copy that every rank uses for a part of the work has partial
+# gradients, so "keep" goes back as "sum".                                                     [Megatron sec 3, SP sec 4.2.2]
 
-    def __init__(self, model):
+all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor            # as they are called before torch 2.13
+reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+MOVES = {
+    "keep": lambda x, rank, size, name, dim: x.view_as(x),
+    "sum": lambda x, rank, size, name, dim: funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", name)),
+    "gather": lambda x, rank, size, name, dim: funcol.wait_tensor(all_gather(x.contiguous(), dim, name)),
+    "scatter": lambda x, rank, size, name, dim: funcol.wait_tensor(reduce_scatter(x.contiguous(), "sum", dim, name)),
+    "cut": lambda x, rank, size, name, dim: x.narrow(dim, rank * (x.shape[dim] // size), x.shape[dim] // size).contiguous(),
+}
+
+
+class Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, there, back, rank, size, name, dim):
+        ctx.back, ctx.where = back, (rank, size, name, dim)
+        return MOVES[there](x, rank, size, name, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return MOVES[ctx.back](grad, *ctx.where), None, None, None, None, None, None
+
+
+def move(x, group, there, back, dim=0):
+    """MOVES[there], whose gradient does MOVES[back]; the identity at size one."""
+    return x if group.size == 1 else Move.apply(x, there, back, group.rank, group.size, group.name, dim)
+
+
+def padded(x, size, dim=1):
+    """x, lengthened by zeros so that `size` divides its dimension `dim`."""
+    more = -x.shape[dim] % size
+    return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, more)) if more else x
+
+
+def enter(x_BTD, world, T):
+    """What a sublayer reads, whose ranks hold a part of its weights each: all T places of the stream."""
+    if not world.sp:
+        return move(x_BTD, world.tp, "keep", "sum")
+    return move(x_BTD, world.tp, "gather", "scatter", 1)[:, :T]
+
+
+def leave(y_BTD, world):
+    """The sum of what the parts of a sublayer gave, as the stream holds it: with sp a part of the places."""
+    if not world.sp:
+        return move(y_BTD, world.tp, "sum", "keep")
+    return move(padded(y_BTD, world.tp.size), world.tp, "scatter", "gather", 1)
+
+
+def of_stream(t_BT, world):
+    """The part of t that belongs to the places which this rank's stream holds."""
+    return MOVES["cut"](padded(t_BT, world.tp.size), world.tp.rank, world.tp.size, "", 1) if world.sp else t_BT
+
+
+def bounds(n, group):
+    """[start, stop) of this rank's part of n things; the parts differ by one at most."""
+    return n * group.rank // group.size, n * (group.rank + 1) // group.size
+
+
+def row_places(T, cp, zigzag, rank=None):
+    """Places of a row that a rank of cp holds [T / cp]: a run of them or, zigzag, a run from its first half and its mirror image from the
+    second, so that under a causal mask all ranks have as much to do.                                     [Ring sec 3.1, LoongTrain]"""
+    rank = cp.rank if rank is None else rank
+    if cp.size == 1:
+        return torch.arange(T)
+    if not zigzag:
+        return torch.arange(T).view(cp.size, -1)[rank]
+    return torch.arange(T).view(2 * cp.size, -1)[[rank, 2 * cp.size - 1 - rank]].flatten()
+
+
+class Exchange(torch.autograd.Function):
+    """All-to-all of rows: the first sent[0] go to rank 0, and so on; back the same way."""
+    @staticmethod
+    def forward(ctx, x, sent, received, name):
+        ctx.how = received, sent, name
+        return funcol.wait_tensor(funcol.all_to_all_single(x.contiguous(), received, sent, name))
+
+    @staticmethod
+    def backward(ctx, grad):
+        received, sent, name = ctx.how
+        return funcol.wait_tensor(funcol.all_to_all_single(grad.contiguous(), sent, received, name)), None, None, None
+
+
+def swap(x, group, cut, join):
+    """x cut along one dimension and joined along another, part r from and to rank r.                            [Ulysses sec 3]"""
+    if group.size == 1:
+        return x
+    parts = torch.stack(x.chunk(group.size, cut)).flatten(0, 1)
+    even = [parts.shape[0] // group.size] * group.size
+    return torch.cat(Exchange.apply(parts, even, even, group.name).chunk(group.size), join)
+
+
+def to_owners(x_VD, count_E, group):
+    """Rows sorted by expert, sent to the ranks that own the experts. Returns the rows that came, grouped by sender and in there by expert;
+    their counts [senders, own experts]; and the way back for rows in this order."""
+    count_NE = count_E.view(group.size, -1)
+    came_NE = torch.empty_like(count_NE)
+    td.all_to_all_single(came_NE, count_NE.contiguous(), group=group.pg)
+    sent, received = torch.stack([count_NE.sum(1), came_NE.sum(1)]).tolist()
+    return Exchange.apply(x_VD, sent, received, group.name), came_NE, lambda y_VD: Exchange.apply(y_VD, received, sent, group.name)
+
+
+def vocab_parallel_cross_entropy(x_MD, w_VD, targets_M, weights_M, bias_V=None, softcap=0.0, z_alpha=0.0, smoothing=0.0, n_vocab=0, tp=ALONE):
+    """kernels.linear_cross_entropy where each rank of tp has the head's rows of some ids: (sum of weights * loss, nll [M], detached). A
+    maximum, a sum and the target's logit of every row cross the network, never the logits.          [Megatron sec 3, SP app]"""
+    low, high = bounds(n_vocab, tp)
+    total = lambda t: move(t, tp, "sum", "keep")
+
+    def some(x_CD, target_C, weight_C):
+        wide = torch.promote_types(x_CD.dtype, torch.float32)
+        l_CV = F.linear(x_CD, w_VD.to(x_CD.dtype), None if bias_V is None else bias_V.to(x_CD.dtype)).to(wide)
+        if softcap:
+            l_CV = softcap * torch.tanh(l_CV / softcap)
+        top_C = all_max(tp, l_CV.detach().amax(1))
+        log_z_C = total((l_CV - top_C[:, None]).exp().sum(1)).log() + top_C
+        here_C, counted_C = (target_C >= low) & (target_C < high), target_C >= 0
+        own_C = l_CV.gather(1, (target_C - low).clamp(0, high - low - 1)[:, None])[:, 0] * here_C
+        nll_C = loss_C = (log_z_C - total(own_C)) * counted_C
+        if smoothing:
+            loss_C = (1 - smoothing) * nll_C + smoothing * (log_z_C - total(l_CV.sum(1)) / n_vocab) * counted_C
+        if z_alpha:
+            loss_C = loss_C + z_alpha * log_z_C.square() * counted_C
+        return (loss_C * weight_C.to(wide)).sum(), nll_C.detach()
+
+    x_MD = x_MD.to(torch.get_autocast_dtype(x_MD.device.type)) if torch.is_autocast_enabled(x_MD.device.type) else x_MD
+    rows = max(256, (32 << 20) // (4 * (high - low)))            # logits of so many rows at a time; of more than one lot they are made again
+    lots = [t.split(rows) for t in (x_MD, targets_M.long(), weights_M)]
+    run = some if len(x_MD) <= rows or not torch.is_grad_enabled() else lambda *lot: checkpoint(some, *lot, use_reentrant=False)
+    losses, nlls = zip(*(run(*lot) for lot in zip(*lots)))
+    return sum(losses), torch.cat(nlls)
+
+
+# ---- Cuts and pieces (which part of a tensor is here?) ----
+
+@dataclass(frozen=True)
+class Cut:
+    """A group's ranks hold a part of dimension `dim` each, of every one of the `parts` that it comes in; with dim None the first rank holds
+    all and the others nothing."""
+    dim: int
+    group: Group
+    parts: int = 1
+
+
+def pieces(shape, cuts):
+    """[[(start, stop) of every dimension]]: the boxes of the whole that this rank holds, one after the other along the first dimension."""
+    boxes = [[(0, n) for n in shape]]
+    for cut in cuts:
+        if cut.dim is None:
+            boxes = boxes if cut.group.rank == 0 else []
+            continue
+        each = shape[cut.dim] // cut.parts
+        low, high = bounds(each, cut.group)
+        boxes = [box[:cut.dim] + [(part * each + low, part * each + high)] + box[cut.dim + 1:] for box in boxes for part in range(cut.parts)]
+    return boxes
+
+
+def cut(tensor, cuts):
+    """This rank's part of a whole tensor, a copy; None where it holds nothing."""
+    boxes = [tensor[tuple(slice(*ends) for ends in box)] for box in pieces(tensor.shape, cuts)]
+    return torch.cat(boxes).clone() if boxes else None
+
+
+# ---- Engines (one call for a step, whatever the layout) ----
+
+class Part(nn.Module):
+    """A model, or a pipeline stage of one, as DDP, FSDP and the schedules call it: Part(**batch), or Part(stream, aux, **batch) where a
+    stage came before. A loss goes out as [1], its metrics stay in `said`."""
+
+    def __init__(self, model, number, cast):
         super().__init__()
-        self.model = model
+        self.model, self.number, self.cast, self.said = model, number, cast, []
 
-    def forward(self, batch):
-        return self.model.loss(batch)
-
-
-def parallelize(model, world):
-    """A module whose call is model.loss(batch) and whose backward leaves the rank-averaged gradient in model's parameters."""
-    step = LossOf(model)
-    if world.size == 1:
-        return step
-    warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)        # its successor is not in torch 2.11
-    return torch.nn.parallel.DistributedDataParallel(
-        step, device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False, gradient_as_bucket_view=True)
+    def forward(self, *before, **batch):
+        with self.cast():
+            out = self.model.stage(batch, *before)
+        if not self.model.last:
+            return out
+        self.said.append((out[0].detach().double(), out[1], out[2]))
+        return out[0].view(1)
 
 
-def accumulating(step, last):
-    """Context of a micro-batch: gradients cross the network only with the last one of a step."""
-    return step.no_sync() if hasattr(step, "no_sync") and not last else torch.autograd.set_grad_enabled(True)
+@dataclass
+class Share:
+    """One parameter as this rank holds it."""
+    name: str
+    local: nn.Parameter            # a plain tensor, also where FSDP has a DTensor; its gradient is complete after Engine.step
+    param: nn.Parameter            # the module's own
+    shape: tuple                   # of the whole
+    boxes: list                    # [[(start, stop) of every dimension]] of the whole that local holds, one after the other
+    copies: int                    # how often this same part is held
+    writes: bool                   # is this the one of them that is saved?
+    sums: tuple                    # groups over which the gradient is added up after backward
+
+
+PP_SCHEDULES = {                   # flag --pp_schedule: torch's class, stages a rank, and do stages go forth and back over the ranks?
+    "gpipe": ("ScheduleGPipe", 1, False),                        # all forward, then all backward                       [GPipe]
+    "1f1b": ("Schedule1F1B", 1, False),                          # in turn, so that fewer micro-batches are kept        [1F1B]
+    "looped_bfs": ("ScheduleLoopedBFS", 2, False),               # as gpipe, with shorter stages
+    "interleaved": ("ScheduleInterleaved1F1B", 2, False),        # as 1f1b, with shorter stages                      [Megatron2]
+    "interleaved_zb": ("ScheduleInterleavedZeroBubble", 2, False),       # gradients of weights wait for a gap              [ZB]
+    "zbv": ("ScheduleZBVZeroBubble", 2, True),
+    "dualpipev": ("ScheduleDualPipeV", 2, True),                 # forward of one beside backward of another   [DSV3 sec 3.2.1]
+}
+
+
+def stage_owner(number, pp, schedule):
+    """Rank of pp that holds a stage."""
+    _, each, mirrored = PP_SCHEDULES[schedule]
+    return each * pp - 1 - number if mirrored and number >= pp else number % pp
+
+
+def summed(group, bucket):
+    """DDP's reduction: add, do not average."""
+    return td.all_reduce(bucket.buffer(), group=group, async_op=True).get_future().then(lambda future: future.value()[0])
+
+
+def mesh_of(shards, copies, kind):
+    """The DeviceMesh that fully_shard wants."""
+    from torch.distributed.device_mesh import DeviceMesh         # imported where it is used, here and below: it takes a second
+    if copies.size == 1:
+        return DeviceMesh.from_group(shards.pg, kind)
+    lines = torch.tensor([[a - copies.ranks[copies.rank] + b for b in shards.ranks] for a in copies.ranks])
+    return DeviceMesh.from_group([copies.pg, shards.pg], kind, mesh=lines, mesh_dim_names=("copies", "shards"))
+
+
+def rows_of(boxes, low, high):
+    """Of boxes that lie one after the other along the first dimension, rows low ... high - 1."""
+    kept, at = [], 0
+    for (start, stop), *rest in boxes:
+        first, last = max(low - at, 0), min(high - at, stop - start)
+        if first < last:
+            kept.append([(start + first, start + last), *rest])
+        at += stop - start
+    return kept
+
+
+class Engine:
+    """A model spread over the ranks. step() leaves the gradients of one optimizer step in shares[i].local.grad; loss() evaluates.
+
+    Gradients are sums: each micro-batch's loss is divided by the weight of the whole step, and DDP and FSDP are told to add."""
+
+    def __init__(self, model, world, cfg, cast=contextlib.nullcontext):
+        self.world, self.cfg, self.weight, self.schedule, pp = world, cfg, 1.0, None, world.pp.size
+        self.fsdp = cfg.fsdp if world.batch.size > 1 else 0
+        table, depth = model.spread(world, cfg.cp_mode), len(model.blocks)
+        self.n_stages = pp * PP_SCHEDULES[cfg.pp_schedule][1] if pp > 1 else 1
+        self.owner = [stage_owner(number, pp, cfg.pp_schedule) for number in range(self.n_stages)]
+        at = [depth * number // self.n_stages for number in range(self.n_stages + 1)]
+        stages = [model.part(*at[number:number + 2], number == 0, number == self.n_stages - 1) for number in range(self.n_stages)]
+        stages = stages if pp > 1 else [model]
+        self.holders = {}                                        # {name of a parameter: stages that have it}
+        for number, stage in enumerate(stages):
+            for name, _ in stage.named_parameters():
+                self.holders.setdefault(name, []).append(number)
+        self.parts = [Part(stage, number, cast) for number, stage in enumerate(stages) if self.owner[number] == world.pp.rank]
+        self.calls = [self.wrapped(part) for part in self.parts]
+        self.shares = [self.share(part.number, name, p, *table[name]) for part in self.parts for name, p in part.model.named_parameters()]
+
+    @property
+    def models(self):
+        return [part.model for part in self.parts]
+
+    def wrapped(self, part):
+        """DDP or FSDP around a part, where there is anybody to share the rows of the batch with."""
+        world = self.world
+        if world.batch.size == 1:
+            return part
+        if self.fsdp:
+            return self.fully_sharded(part)
+        experts = [f"model.{name}" for name, _ in part.model.named_parameters() if world.ep.size > 1 and ".mlp.experts." in name]
+        DDP._set_params_and_buffers_to_ignore_for_model(part, experts)           # they have fewer copies: see share
+        warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)        # its successor is not in torch 2.11
+        call = DDP(part, device_ids=[world.device.index] if world.device.type == "cuda" else None, process_group=world.batch.pg,
+                   broadcast_buffers=False, gradient_as_bucket_view=True)
+        call.register_comm_hook(world.batch.pg, summed)
+        return call
+
+    def fully_sharded(self, part):
+        """A unit for every block, in it one for experts that ep deals out, and one for the rest.                   [FSDP sec 3]"""
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+        world, options = self.world, dict(reshard_after_forward=self.fsdp == 3)
+        mesh = mesh_of(world.shards, world.copies, world.device.type)
+        blocks = [*part.model.enc_blocks.children(), *part.model.blocks.children(), *(module.block for module in part.model.mtp)]
+        for block in blocks:
+            if world.ep.size > 1 and hasattr(block.mlp, "experts"):
+                fully_shard(block.mlp.experts, mesh=mesh_of(world.expert_copies, ALONE, world.device.type), **options)
+            fully_shard(block, mesh=mesh, **options)
+        fully_shard(part, mesh=mesh, reshard_after_forward=False)
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        return part
+
+    def share(self, number, name, p, shape, cuts, partial):
+        """What this rank holds of a parameter, how many hold the same, and who adds up its gradient."""
+        world, owners, expert = self.world, self.holders[name], self.world.ep.size > 1 and ".mlp.experts." in name
+        held, local, sums = pieces(shape, cuts), p, [world.tp] * partial
+        same = world.expert_copies if expert else world.batch
+        if self.fsdp:
+            shards, same = (world.expert_copies, ALONE) if expert else (world.shards, world.copies)
+            each = -(-p.shape[0] // shards.size)
+            held, local = rows_of(held, each * shards.rank, each * (shards.rank + 1)), nn.Parameter(p._local_tensor)
+        elif expert:
+            sums.append(world.expert_copies)
+        writes, copies = same.rank == 0 and number == owners[0], same.size * len(owners)
+        if not any(cut.group is world.tp for cut in cuts):
+            writes, copies = writes and world.tp.rank == 0, copies * world.tp.size
+        return Share(name, local, p, shape, held, copies, writes, tuple(sums))
+
+    def train(self, mode=True):
+        for model in self.models:
+            model.train(mode)
+
+    # -- a step
+
+    def step(self, batches, weight):
+        """Gradients of these micro-batches for a loss divided by `weight`, that of all ranks' together. -> (the loss times that, {metric:
+        [sum, weight]}), as far as they are this rank's to report."""
+        self.weight = weight
+        if self.n_stages > 1:
+            whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+            self.pipeline(batches).step(target=whole["targets"], **to_device(whole, self.world.device))
+        else:
+            for i, batch in enumerate(batches):
+                with self.accumulating(last=i == len(batches) - 1):
+                    (self.calls[0](**to_device(batch, self.world.device)) / weight).sum().backward()
+        self.add_up()
+        return self.reported()
+
+    def accumulating(self, last):
+        """Context of a micro-batch: gradients cross the network only with the last one of a step."""
+        call = self.calls[0]
+        if self.fsdp:
+            call.set_requires_gradient_sync(last)
+            call.set_reshard_after_backward(last or self.fsdp == 3)
+        return call.no_sync() if isinstance(call, DDP) and not last else contextlib.nullcontext()
+
+    def reported(self):
+        """(sum of losses, {metric: [sum, weight]}) since the last call, of the ranks that know them: zero on the others."""
+        loss, said = torch.zeros((), dtype=torch.float64, device=self.world.device), {}
+        for part in self.parts:
+            for loss_sum, _, metrics in part.said:
+                loss += loss_sum
+                said |= {name: said.get(name, 0) + pair.double() for name, pair in metrics.items()}
+            part.said.clear()
+        mine = self.world.tp.rank == 0
+        return loss * mine, {name: pair * mine for name, pair in said.items()}
+
+    def add_up(self):
+        """Complete the gradients: over stages that have the same weight, and over the groups of Share.sums."""
+        tied, groups = {}, {}
+        for share in self.shares:
+            if self.fsdp:
+                share.local.data = share.param._local_tensor
+            grad = share.param.grad
+            share.local.grad = getattr(grad, "_local_tensor", grad)
+            if share.local.grad is None and (share.sums or len(self.holders[share.name]) > 1):
+                share.local.grad = torch.zeros_like(share.local)
+            for group in share.sums:
+                groups.setdefault(group, []).append(share.local.grad)
+            if len(self.holders[share.name]) > 1:
+                tied.setdefault(share.name, []).append(share.local.grad)
+        for name, (first, *others) in tied.items():
+            for other in others:
+                first += other
+            ranks = {self.owner[number] for number in self.holders[name]}
+            if len(ranks) > 1:
+                all_sum(self.world.pp if len(ranks) == self.world.pp.size else self.world.ends, first)
+            for other in others:
+                other.copy_(first)
+        for group, grads in groups.items():
+            flat = all_sum(group, torch.cat([grad.flatten() for grad in grads]))
+            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+                grad.copy_(part.view_as(grad))
+
+    def zero_grad(self):
+        for share in self.shares:
+            share.local.grad = share.param.grad = None
+
+    @torch.no_grad()
+    def clip_grad(self, limit):
+        """Norm of the whole gradient, scaled down to `limit` (0: it stays). Exact on every layout: each rank adds the squares of its parts,
+        over the number of those that hold the same."""
+        shares = [share for share in self.shares if share.local.grad is not None and share.local.numel()]
+        norms = torch._foreach_norm([share.local.grad for share in shares])
+        squares = torch.stack([norm.double().square() / share.copies for norm, share in zip(norms, shares)]).sum()
+        norm = all_sum(self.world, squares).sqrt()
+        if limit and math.isfinite(norm):
+            torch._foreach_mul_([share.local.grad for share in shares], (limit / (norm + 1e-6)).clamp(max=1.0).to(norms[0].dtype))
+        return norm
+
+    # -- pipeline
+
+    def pipeline(self, batches):
+        """torch's schedule, made when the shapes are known."""
+        if self.schedule is None:
+            from torch.distributed.pipelining import PipelineStage, schedules
+            name, each, _ = PP_SCHEDULES[self.cfg.pp_schedule]
+            stages = []
+            for part, call in zip(self.parts, self.calls):
+                between = tuple(torch.empty(shape, device="meta", requires_grad=True) for shape in self.between(batches[0]))
+                out = torch.empty(1, device="meta", requires_grad=True)
+                stages.append(PipelineStage(call, part.number, self.n_stages, self.world.device, input_args=between if part.number else (),
+                                            output_args=out if part.model.last else between, group=self.world.pp.pg))
+            self.schedule = getattr(schedules, name)(stages if each > 1 else stages[0], len(batches), scale_grads=False,
+                                                     loss_fn=lambda out, target: (out / self.weight).sum())
+        return self.schedule
+
+    def between(self, batch):
+        """Shapes of what stages hand on: the stream and the auxiliary losses."""
+        B, T = batch["tokens"].shape
+        T = T // self.world.cp.size
+        return (B, -(-T // self.world.tp.size) if self.world.sp else T, self.cfg.n_embd), (1,)
+
+    @torch.no_grad()
+    def loss(self, batch):
+        """(sum of weights * nll, sum of weights) of a batch without gradients, of this rank alone; stage after stage."""
+        batch, out = to_device(batch, self.world.device), ()
+        for number in range(self.n_stages):
+            part = next((part for part in self.parts if part.number == number), None)
+            if part is None:
+                continue
+            if number and self.owner[number - 1] != self.world.pp.rank:
+                out = tuple(torch.empty(shape, device=self.world.device) for shape in self.between(batch))
+                for t in out:
+                    td.recv(t, self.world.pp.ranks[self.owner[number - 1]], group=self.world.pp.pg)
+            out = part(*out, **batch)
+            if not part.model.last and self.owner[number + 1] != self.world.pp.rank:
+                for t in out:
+                    td.send(t.contiguous(), self.world.pp.ranks[self.owner[number + 1]], group=self.world.pp.pg)
+        said = [one for part in self.parts for one in part.said]
+        for part in self.parts:
+            part.said.clear()
+        mine = self.world.tp.rank == 0
+        return torch.stack([sum(loss for loss, _, _ in said) * mine + torch.zeros((), dtype=torch.float64, device=self.world.device),
+                            sum(weight.double() for _, weight, _ in said) * mine + torch.zeros((), dtype=torch.float64, device=self.world.device)])
+
+
+def to_device(batch, device):
+    if device.type == "cuda":
+        return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
+    return batch
 
 
 # ---- safetensors (8 bytes of length, a JSON header, raw tensors) ----

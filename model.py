@@ -27,6 +27,7 @@ Run me:      python model.py                               (presets and a first 
              python model.py out --bench                   (ids a second, and what drafts of MTP modules bring)
 """
 import contextlib
+import copy
 import hashlib
 import html
 import itertools
@@ -48,6 +49,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import dist
+from dist import Cut, World, bounds, enter, leave, of_stream, row_places, vocab_parallel_cross_entropy
 from attention import (ATTENTION, FEATURE_MAPS, PATTERNS, POSITION_BIAS, POSITIONS, QK_NORMS, ROPE_LAYOUTS, ROPE_SCALINGS,
                        AttentionConfig, Cache, Cross, Layer, Pass, Places, RMSNorm, head_dim, inverse_frequencies,
                        places_in_documents, places_of_memory, rope_base, seen_keys, sinusoid, sparse_sizes, t5_bucket)
@@ -560,13 +562,17 @@ class Block(nn.Module):
         return self.run(x_BTD, at, cache, *more)
 
     def run(self, x_BTD, at, cache=None, memory_BSD=None, at_memory=None, cross_cache=None):
+        def shared(f):                           # ranks of tp hold a part of f each; the stream may be cut along the row
+            return lambda h_BTD, *args: leave(f(enter(h_BTD, at.world, at.positions_BT.shape[1]), *args), at.world)
+
+        attn, mlp = shared(self.attn), shared(self.mlp)
         if self.fused:
-            x_BTD, h_BTD = self.res2.pre.after_adding(x_BTD, self.attn(self.res1.pre(x_BTD), at, cache))
-            return x_BTD + self.mlp(h_BTD)
-        x_BTD = self.res1(x_BTD, self.attn, at, cache)
+            x_BTD, h_BTD = self.res2.pre.after_adding(x_BTD, attn(self.res1.pre(x_BTD), at, cache))
+            return x_BTD + mlp(h_BTD)
+        x_BTD = self.res1(x_BTD, attn, at, cache)
         if self.cross is not None:
-            x_BTD = self.res_cross(x_BTD, self.cross, memory_BSD, at_memory, cross_cache)
-        return self.res2(x_BTD, self.mlp)
+            x_BTD = self.res_cross(x_BTD, shared(self.cross), memory_BSD, at_memory, cross_cache)
+        return self.res2(x_BTD, mlp)
 
 
 # ---- Multi-token prediction (what comes after the next token?) ----
@@ -721,6 +727,82 @@ def pick(logits_BV, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     return torch.multinomial(prob_BV, 1, generator=generator).squeeze(1)
 
 
+# ---- Sharing (which part of the weights does a rank hold?) ----
+
+# Of a product's weights a rank of tp holds the rows of some outputs or, of what follows, the columns of the same inputs, so that nothing
+# crosses the network between the two [Megatron sec 3]. What no pattern names is whole on every rank. A name matches the first.
+
+CUTS = (                           # (pattern of a parameter's name, the dimension that tp cuts, in how many parts that dimension comes)
+    (r"^(embed|head)\.weight|^head_bias", 0, 1),
+    (r"^(enc_)?rel_bias\.weight", 1, 1),
+    (r"\.(attn|cross)\.(w_q|w_k|w_v|w_ukv|w_beta|(w_gate|w_decay)(\.1)?)\.(weight|bias)$", 0, 1),
+    (r"\.(attn|cross)\.(sinks|dt_bias|a_log|lrpe|norm\.weight|[qk]_norm\.weight)$", 0, 1),
+    (r"\.attn\.conv$", 0, 3),      # channels of q, of k, of v
+    (r"\.(w_o|w_down)\.weight$", 1, 1),
+    (r"\.(w_o\.bias|w_down\.bias|b_down)$", None, 1),                      # added once: by the first rank
+    (r"\.mlp\.((w_gate|w_up)\.(weight|bias)|act\.\w+)$", 0, 1),
+    (r"\.(experts|shared)\.(w_gate|w_up|b_gate|b_up)$", 1, 1),
+    (r"\.(experts|shared)\.w_down$", 2, 1),
+)
+INSIDE = r"\.(attn|cross|mlp)\.|^mlm_"     # read by what tp shares: a rank's gradient is a part of it
+
+
+def read_whole(root, mixer):
+    """Names of what CUTS would cut, but what this mixer reads whole: norms of single heads, projections of too few key heads."""
+    names = [f"{name}.weight" for name in ("norm", "q_norm", "k_norm")
+             if getattr(getattr(mixer, name, None), "weight", None) is not None and len(getattr(mixer, name).weight) == mixer.head_dim]
+    if getattr(mixer, "picked", slice(None)) != slice(None):
+        names += ["w_k.weight", "w_k.bias", "w_v.weight", "w_v.bias", "k_norm.weight", "lrpe"]
+    return {f"{root}.{name}" for name in names}
+
+
+def spread(model, world, cp_mode):
+    """Leave this rank its part of the weights. Returns {name: (shape of the whole, [Cut], is a gradient here a part of it?)}."""
+    tp, table, whole = world.tp, {}, set()
+    model.world, model.cp_mode = world, cp_mode if world.cp.size > 1 else ""
+    in_order = cp_mode == "ulysses" or model.cfg.arch != "decoder" or any(ATTENTION[layer.attn].recurrent for layer in model.plan)
+    model.zigzag = bool(model.cp_mode) and not in_order
+    for root, module in model.named_modules():
+        if isinstance(module, MoE):
+            module.tp, module.cp, module.experts.ep = tp, world.cp, world.ep
+        if tp.size > 1 and hasattr(module, "share"):
+            module.share(tp)
+            whole |= read_whole(root, module)
+    for name, p in list(model.named_parameters()):
+        cuts = [Cut(0, world.ep)] if world.ep.size > 1 and ".mlp.experts." in name else []
+        if tp.size > 1 and name not in whole:
+            cuts += [Cut(dim, tp, parts) for pattern, dim, parts in CUTS if re.search(pattern, name)][:1]
+        shared = any(cut.group is tp for cut in cuts)
+        table[name] = tuple(p.shape), cuts, tp.size > 1 and not shared and (world.sp or bool(re.search(INSIDE, name)))
+        if cuts:
+            home, _, leaf = name.rpartition(".")
+            local = dist.cut(p.detach(), cuts)
+            setattr(model.get_submodule(home), leaf, None if local is None else nn.Parameter(local))
+    return table
+
+
+def part_of(model, low, high, first, last):
+    """A stage of a pipeline: blocks low ... high - 1 under their names, with the embedding and the head if it has them. What several stages
+    have, each has for itself: tied embeddings, those that MTP reads, tables of relative positions."""
+    part = copy.copy(model)
+    part._modules, part._parameters = dict(model._modules), dict(model._parameters)
+    part.blocks, part.first, part.last = nn.ModuleDict({str(i): model.blocks[i] for i in range(low, high)}), first, last
+    reads = first or last and bool(model.mtp)
+    for name in ("embed", "pos_embed", "type_embed", "embed_norm"):
+        if not reads and not (name == "embed" and last and model.cfg.tie_embeddings):
+            setattr(part, name, None)
+        elif not first:
+            setattr(part, name, copy.deepcopy(getattr(model, name)))
+    if last and model.cfg.tie_embeddings:
+        part.head = part.embed
+    if not first and part.rel_bias is not None:
+        part.rel_bias = copy.deepcopy(model.rel_bias)
+    if not last:
+        part.norm = part.head = part.head_bias = part.mlm_dense = part.mlm_act = part.mlm_norm = None
+        part.mtp = nn.ModuleList()
+    return part
+
+
 # ---- Model (decoder, encoder, or both) ----
 
 def places_of(cfg, plan, this):
@@ -732,6 +814,9 @@ def places_of(cfg, plan, this):
 class Model(nn.Module):
     """m(tokens [B, T]) -> logits [B, T, V]; an encoder-decoder: m(source [B, S], decoder tokens [B, T]) -> [B, T, V];
     m.loss(batch) -> (loss_sum, weight_sum, metrics); m.generate(tokens, n)."""
+    world, cp_mode, zigzag = World(), "", False              # ranks that share this model, and how they share rows: see spread
+    first = last = True                                      # has it the embedding, and the head? A pipeline stage may not
+    spread, part = spread, part_of
 
     def __init__(self, cfg):
         super().__init__()
@@ -762,10 +847,24 @@ class Model(nn.Module):
             self.head_bias = nn.Parameter(torch.zeros(cfg.vocab_size)) if cfg.head_bias else None
         init_parameters(self, cfg)
 
+    def own(self, t_BT):
+        """Of whole rows, the places that this rank holds where cp shares them."""
+        if t_BT is None or not self.cp_mode:
+            return t_BT
+        return t_BT[:, row_places(t_BT.shape[1], self.world.cp, self.zigzag).to(t_BT.device)]
+
+    def looked_up(self, tokens_BT):
+        """Rows of the embedding, as the stream holds them; ranks of tp have a part of the ids each.          [Megatron sec 3]"""
+        if self.world.tp.size == 1:
+            return self.embed(tokens_BT)
+        low, high = bounds(self.cfg.vocab_size, self.world.tp)
+        here_BT = (tokens_BT >= low) & (tokens_BT < high)
+        return leave(self.embed(torch.where(here_BT, tokens_BT - low, 0)) * here_BT[..., None], self.world)
+
     def embedded(self, tokens_BT, positions, types=None, embeds=None, image=None):
         """The stream before the first block. embeds [B, T, D] stand in for the embedding where image [B, T] is above 0."""
-        cfg = self.cfg
-        x_BTD = self.embed(tokens_BT)
+        cfg, part = self.cfg, lambda t: None if t is None else of_stream(self.own(t), self.world)
+        x_BTD, positions, types, embeds, image = self.looked_up(self.own(tokens_BT)), *map(part, (positions, types, embeds, image))
         if cfg.embed_grad_shrink != 1:                           # the same value, a smaller gradient       [GLM130B sec 3]
             x_BTD = cfg.embed_grad_shrink * x_BTD + (1 - cfg.embed_grad_shrink) * x_BTD.detach()
         if cfg.embed_scale:
@@ -790,19 +889,20 @@ class Model(nn.Module):
         self.refuse_beyond(past + T)
         if prefix_len is not None and (self.cfg.arch != "prefix" or past):
             raise UsageError("prefix_len needs a model with --arch=prefix, and the whole prefix in the first call")
-        if image is not None and any(block.attn.recurrent for block in self.blocks):
+        if image is not None and any(ATTENTION[layer.attn].recurrent for layer in self.plan):
             raise UsageError("an image sees itself both ways, which linear mixers cannot; use a model with softmax mixers alone")
         if cache:
             doc_ids, image = cache.rows(B, T, doc_ids, image)
             cache.length = past + T
         if positions is None:                                    # they begin anew with every document
             positions = places_in_documents(doc_ids, past + T, device)[:, past:]
-        return Pass(positions, past, doc_ids, self.cfg.arch != "encoder", prefix_len, image, self.rel_bias, self.compute_dtype)
+        return Pass(positions, past, doc_ids, self.cfg.arch != "encoder", prefix_len, image, self.rel_bias, self.compute_dtype,
+                    self.world, self.cp_mode, self.zigzag)
 
     @property
     def compute_dtype(self):
         """Of queries and keys: autocast's, else the weights'."""
-        weight = self.embed.weight
+        weight = next(self.parameters())
         on = torch.is_autocast_enabled(weight.device.type)
         return torch.get_autocast_dtype(weight.device.type) if on else weight.dtype
 
@@ -810,19 +910,19 @@ class Model(nn.Module):
         """The encoder's output [B, S, D]."""
         self.refuse_beyond(source_BS.shape[1])
         positions = places_in_documents(doc_ids, source_BS.shape[1], source_BS.device)
-        this = Pass(positions, doc_BS=doc_ids, causal=False, rel_bias=self.enc_rel_bias, dtype=self.compute_dtype)
+        this = Pass(positions, doc_BS=doc_ids, causal=False, rel_bias=self.enc_rel_bias, dtype=self.compute_dtype, world=self.world)
         x_BSD = self.embedded(source_BS, positions)
         places = places_of(self.cfg, self.enc_plan, this)
         for block, layer in zip(self.enc_blocks, self.enc_plan):
             x_BSD = block(x_BSD, places[layer.kind])
-        return self.dropout(self.enc_norm(x_BSD))
+        return enter(self.dropout(self.enc_norm(x_BSD)), self.world, source_BS.shape[1])
 
     def hidden(self, tokens, dec=None, **where):
         """The normalised residual stream [B, T, D] that the head reads; arguments as in before_norm."""
         return self.norm(self.before_norm(tokens, dec, **where))
 
     def before_norm(self, tokens, dec=None, *, positions=None, doc_ids=None, cache=None, prefix_len=None, enc_doc_ids=None,
-                    types=None, embeds=None, image=None):
+                    types=None, embeds=None, image=None, stream=None):
         """The residual stream [B, T, D] after the last block. tokens [B, T]; of an encoder-decoder the source [B, S],
         and dec [B, T]. By keyword, where there is more to say:
             doc_ids [B, T]      documents of a row do not see each other, -1 is padding; enc_doc_ids [B, S] those of a source
@@ -831,7 +931,8 @@ class Model(nn.Module):
             prefix_len [B]      --arch=prefix: so many tokens see each other both ways
             types [B, T]        BERT's segments
             image [B, T]        tokens with the same number above 0 are one image, which sees itself both ways     (Gemma 3)
-            embeds [B, T, D]    stand in for the embeddings of images"""
+            embeds [B, T, D]    stand in for the embeddings of images
+            stream [B, T, D]    what the pipeline stage before this one gave; tokens are not read then"""
         memory = at_memory = None
         if (self.cfg.arch == "encdec") != (dec is not None):
             raise UsageError(f"--arch={self.cfg.arch} reads " + ("two texts: m(source, decoder_tokens)" if dec is None else
@@ -846,11 +947,12 @@ class Model(nn.Module):
             at_memory = places_of_memory(this, enc_doc_ids)
         if cache and dec is not None:
             cache.memory = memory, enc_doc_ids
-        x_BTD = self.embedded(tokens, this.positions_BT, types, embeds, image)
+        x_BTD = self.embedded(tokens, this.positions_BT, types, embeds, image) if stream is None else stream
         places = places_of(self.cfg, self.plan, this)
-        for i, (block, layer) in enumerate(zip(self.blocks, self.plan)):
+        for name, block in self.blocks.named_children():
+            i = int(name)
             own, cross = (cache.layers[i], cache.cross[i]) if cache else (None, None)
-            x_BTD = block(x_BTD, places[layer.kind], own, memory, at_memory, cross)
+            x_BTD = block(x_BTD, places[self.plan[i].kind], own, memory, at_memory, cross)
         if cache and self.mtp:
             cache.state_BTD = self.norm(x_BTD) if self.cfg.mtp_normed else x_BTD
         return x_BTD
@@ -862,6 +964,7 @@ class Model(nn.Module):
         return x_BTD if self.cfg.logit_scale == 1 else x_BTD * self.cfg.logit_scale
 
     def logits(self, x_BTD):
+        assert self.world.tp.size == 1, "ranks of tp know the logits of some ids each; loss() brings them together"
         logits_BTV = F.linear(self.before_head(x_BTD), self.head.weight, self.head_bias)
         cap = self.cfg.logit_softcap
         return cap * torch.tanh(logits_BTV / cap) if cap else logits_BTV
@@ -882,16 +985,16 @@ class Model(nn.Module):
         return self.mtp[k - 1](state_BTD, self.embedded(tokens_BT, positions), places, cache and cache.layers[0])
 
     def mtp_states(self, state_BTD, tokens_BS, positions=None, doc_ids=None):
-        """What the head reads at every depth k, [B, S - k, D]. A slot belongs to its state's document: one that has read a token
-        of the next document is seen only by slots that have, too."""
+        """What the head reads at every depth k, [B, S, D]; the last k slots of a row have nothing ahead to read and mean nothing. A slot
+        belongs to its state's document: one that has read a token of the next document is seen only by slots that have, too."""
         S, out = tokens_BS.shape[1], []
         if S <= len(self.mtp):
             raise UsageError(f"{S} tokens, and --mtp={len(self.mtp)} reads as many ahead; give rows of {len(self.mtp) + 1} or "
                              "more")
         positions = places_in_documents(doc_ids, S, tokens_BS.device) if positions is None else positions
         for k in range(1, len(self.mtp) + 1):
-            slot_docs = None if doc_ids is None else doc_ids[:, :S - k]
-            state_BTD, read_BTD = self.ahead(k, state_BTD[:, :S - k], tokens_BS[:, k:], positions[:, k:], slot_docs)
+            ahead = lambda t: torch.cat([t[:, k:], t[:, -1:].expand(-1, k)], 1)
+            state_BTD, read_BTD = self.ahead(k, state_BTD, ahead(tokens_BS), ahead(positions), doc_ids)
             out.append(read_BTD)
         return out
 
@@ -900,25 +1003,37 @@ class Model(nn.Module):
         positions and doc_ids, as in before_norm."""
         x_BTD = self.before_norm(tokens, **where)
         state_BTD = self.norm(x_BTD) if self.cfg.mtp_normed else x_BTD
-        return [self.logits(read) for read in self.mtp_states(state_BTD, tokens, **where)]
+        return [self.logits(read[:, :-k]) for k, read in enumerate(self.mtp_states(state_BTD, tokens, **where), 1)]
 
     def nll_sum(self, x_BTD, targets_BT, weights_BT):
         """Of the states that the head reads: sum of weights * loss, which in training has the z-loss and smoothed targets, and
         the sum of weights * nll."""
-        cfg, weights_M = self.cfg, weights_BT.flatten()
+        cfg, tp, weights_M = self.cfg, self.world.tp, weights_BT.flatten()
         extra = dict(z_alpha=cfg.z_loss, smoothing=cfg.label_smoothing) if self.training else {}
-        loss_sum, nll_M = linear_cross_entropy(self.before_head(x_BTD).flatten(0, 1), self.head.weight, targets_BT.flatten(), weights_M,
-                                               self.head_bias, cfg.logit_softcap, return_nll=True, **extra)
+        read_MD = self.before_head(enter(x_BTD, self.world, targets_BT.shape[1])).flatten(0, 1)
+        given = read_MD, self.head.weight, targets_BT.flatten(), weights_M, self.head_bias, cfg.logit_softcap
+        if tp.size == 1:
+            loss_sum, nll_M = linear_cross_entropy(*given, return_nll=True, **extra)
+        else:
+            loss_sum, nll_M = vocab_parallel_cross_entropy(*given, **extra, n_vocab=cfg.vocab_size, tp=tp)
         return loss_sum, (nll_M * weights_M).sum()
 
     def loss(self, batch):
         """(sum of weights * nll, sum of weights, metrics): sums, so that micro-batches and ranks add up to one batch. In training
         the first holds self.mtp_weight times the mean of the MTP modules' sums, too, over the same sum of weights   [DSV3 eq 24, 25],
-        and z-loss and smoothing; metrics then has [sum, weight] of the nll of the model and of each module, whose targets are its own."""
+        and z-loss and smoothing; metrics then has [sum, weight] of the nll of the model and of each module, whose targets are its own.
+        Where cp shares rows, batch has whole ones, and the sums are of the places that this rank holds."""
+        return self.stage(batch)
+
+    def stage(self, batch, stream=None, aux=0.0):
+        """The part of `loss` that a pipeline stage does, from the stream that came from the one before and the auxiliary losses so far:
+        the same for the next stage or, of the last, the loss."""
         texts = [batch[key] for key in (("enc_tokens", "tokens") if self.cfg.arch == "encdec" else ("tokens",))]
         where = {key: batch[key] for key in ("positions", "doc_ids", "prefix_len", "enc_doc_ids", "types") if key in batch}
-        x_BTD = self.before_norm(*texts, **where)
-        read_BTD, targets, weights, docs, metrics = self.norm(x_BTD), batch["targets"], batch["weights"], batch.get("doc_ids"), {}
+        x_BTD, metrics = self.before_norm(*texts, **where, stream=stream), {}
+        if not self.last:
+            return x_BTD.float(), aux + aux_sum(self, batch["weights"].sum(1)) + 0 * x_BTD.sum().view(1)
+        read_BTD, targets, weights, docs = self.norm(x_BTD), self.own(batch["targets"]), self.own(batch["weights"]), batch.get("doc_ids")
         loss_sum, nll_sum = self.nll_sum(read_BTD, targets, weights)
         if self.training and (self.mtp or self.cfg.z_loss or self.cfg.label_smoothing):
             metrics["nll"] = torch.stack([nll_sum, weights.sum()])
@@ -926,12 +1041,12 @@ class Model(nn.Module):
             states = self.mtp_states(read_BTD if self.cfg.mtp_normed else x_BTD, batch["tokens"], batch.get("positions"), docs)
             for k, state in enumerate(states, 1):
                 same = 1 if docs is None else docs[:, k:] == docs[:, :-k]          # no target in another document
-                ahead, weight = targets[:, k:], weights[:, k:] * same
-                mtp_sum, nll_sum = self.nll_sum(state, ahead, weight)
+                ahead, weight = F.pad(batch["targets"][:, k:], (0, k)), self.own(F.pad(batch["weights"][:, k:] * same, (0, k)))
+                mtp_sum, nll_sum = self.nll_sum(state, self.own(ahead), weight)
                 metrics[f"mtp{k}_nll"] = torch.stack([nll_sum, weight.sum()])
                 loss_sum = loss_sum + self.mtp_weight / self.cfg.mtp * mtp_sum
-        extra = aux_sum(self, weights.sum(1))
-        return loss_sum + extra if self.training else loss_sum, weights.sum(), metrics
+        extra = aux_sum(self, batch["weights"].sum(1)) + (aux if stream is None else aux.sum())
+        return (loss_sum + extra if self.training else loss_sum), weights.sum(), metrics
 
     def new_cache(self, spare=0):
         """spare: so many tokens, at least, can be taken back with crop, through windows too."""
@@ -1292,8 +1407,7 @@ def mixing(cfg, mixer, layer, causal):
     small = replace(cfg, seq_len=n, sparse_stride=0, sparse_width=0)
     near = replace(layer, window=math.ceil(layer.window * n / cfg.seq_len))
     this = Pass(place_1S, causal=causal, prefix_B=torch.tensor([6]) if prefix else None)
-    see = seen_keys(small, near, this, place_1S.T, place_1S)
-    share_TS = torch.ones(n, n).tril(0 if causal else n) if see is None else see[0].float().mean(0)
+    share_TS = seen_keys(small, near, this, place_1S.T, place_1S, slice(None))[0].float().mean(0)
     paths = []
     for share in share_TS[share_TS > 0].unique().tolist():
         cells = (share_TS == share).nonzero().tolist()

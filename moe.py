@@ -37,7 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dist import World, all_sum
+from dist import ALONE, World, all_max, all_sum, move, to_owners
 from kernels import moe_mlp, no_autocast, takes_triton, to_autocast
 from tokenizer import UsageError, run_cli
 
@@ -154,9 +154,11 @@ EXPERT_ACTS = {                    # flag --expert_act
 
 
 class Experts(nn.Module):
+    ep = ALONE                             # the ranks that n_expert experts are dealt to; the weights are this one's
+
     def __init__(self, cfg, n_expert, d_expert, bias=False):
         super().__init__()
-        self.cfg, E, D = cfg, n_expert, cfg.n_embd
+        self.cfg, self.n_expert, E, D = cfg, n_expert, n_expert, cfg.n_embd
         self.w_gate = nn.Parameter(torch.empty(E, d_expert, D))
         self.w_up = nn.Parameter(torch.empty(E, d_expert, D))
         self.w_down = nn.Parameter(torch.empty(E, D, d_expert))
@@ -174,16 +176,22 @@ class Experts(nn.Module):
         return dispatch_of(self.cfg, x.device, to_autocast(x).dtype).split()[0]
 
     def visit(self, x_VD, count_E):
-        """Rows sorted by expert -> their experts' outputs. The seam for expert parallelism: where ranks own experts, send
-        each its rows here (all-to-all), let it visit() those that arrive, and send the outputs back; nothing else changes.
+        """Rows sorted by expert -> their experts' outputs. Where ranks own experts, each is sent its rows, and sends the outputs back.
         (forward goes around it where all experts are here and triton runs, which needs no sorted copy of the rows.)"""
-        return DISPATCHES[self.how(x_VD)](self, x_VD, count_E)
+        run = DISPATCHES[self.how(x_VD)]
+        if self.ep.size == 1:
+            return run(self, x_VD, count_E)
+        came_VD, came_NE, back = to_owners(x_VD, count_E, self.ep)
+        place = torch.arange(came_NE.shape[1], device=x_VD.device).repeat(self.ep.size).repeat_interleave(came_NE.flatten())
+        order = place.argsort(stable=True)                       # from sorted by sender to sorted by expert
+        y_VD = run(self, F.embedding(order, came_VD), came_NE.sum(0))
+        return back(torch.zeros_like(y_VD).index_copy(0, order, y_VD))
 
     def forward(self, x_MD, expert_MA, gate_MA, capacity=0):
         """sum_a gate_a MLP_{expert_a}(x)."""
         (M, A), D = expert_MA.shape, x_MD.shape[1]
-        visit_V, count_E = visits(expert_MA, len(self.w_gate), capacity)
-        if len(self.w_gate) == self.cfg.n_expert and self.how(x_MD) == "triton":
+        visit_V, count_E = visits(expert_MA, self.n_expert, capacity)
+        if self.ep.size == 1 and self.how(x_MD) == "triton":
             return moe_mlp(x_MD, visit_V, count_E, gate_MA, self.w_gate, self.w_up, self.w_down)
         out_VD = self.visit(F.embedding(visit_V // A, x_MD), count_E)      # x[visit_V // A], but its gradient adds up faster
         # back in the order of tokens each sums its own visits, whoever else is in the batch; what was dropped stays zero
@@ -283,32 +291,34 @@ AUX_LOSSES = {                     # flag --aux_loss: sum_e f_e P_e, where P_e i
 }
 
 
-def balance_losses(logits_BTE, expert_BTA, cfg):
+def balance_losses(logits_BTE, expert_BTA, cfg, cp=ALONE):
     """{name of its weight: loss [B]} of the losses that cfg turns on.
 
     f_e counts all n_active choices and divides by n_active, so a balanced row has 1, not n_active; "sequence" takes them as the
     scores alone would choose, without bias and groups. With a softmax router and neither of these the three of AUX_LOSSES
-    agree. Sigmoid scores do not sum to one: there "expert" is their mean sum when balanced."""
+    agree. Sigmoid scores do not sum to one: there "expert" is their mean sum when balanced. Means are over whole rows, also where cp
+    shares them."""
     (B, T, E), A, N = logits_BTE.shape, expert_BTA.shape[-1], cfg.n_device
-    score_BTE = scores(logits_BTE, cfg)
+    score_BTE, mean = scores(logits_BTE, cfg), lambda x: move(x.mean(1), cp, "sum", "sum") / cp.size
     shares_of = lambda chosen_BTA: torch.zeros_like(score_BTE[:, 0]).scatter_add_(
         1, chosen_BTA.flatten(1), score_BTE.new_full((B, T * A), E / (A * T)))
-    f_BE, losses = shares_of(expert_BTA), {}                                              # [DSMoE eq 13, DSV2 eq 24]
+    share_of = lambda chosen_BTA: all_sum(cp, shares_of(chosen_BTA)) / cp.size
+    f_BE, losses = share_of(expert_BTA), {}                                              # [DSMoE eq 13, DSV2 eq 24]
     if AUX_LOSSES[cfg.aux_loss]:
-        P_BE = AUX_LOSSES[cfg.aux_loss](logits_BTE, score_BTE).mean(1)
-        own_BE = shares_of(score_BTE.topk(A, dim=-1).indices) if cfg.aux_loss == "sequence" else f_BE         # [DSV3 eq 18]
+        P_BE = mean(AUX_LOSSES[cfg.aux_loss](logits_BTE, score_BTE))
+        own_BE = share_of(score_BTE.topk(A, dim=-1).indices) if cfg.aux_loss == "sequence" else f_BE         # [DSV3 eq 18]
         losses["aux_alpha"] = (own_BE * P_BE).sum(-1)                      # [Switch eq 4, DSMoE eq 12, DSV3 eq 17]
     if cfg.z_alpha:
-        losses["z_alpha"] = logits_BTE.logsumexp(-1).square().mean(1)      # [STMoE eq 5] (ln E)^2 when all logits are 0
+        losses["z_alpha"] = mean(logits_BTE.logsumexp(-1).square())      # [STMoE eq 5] (ln E)^2 when all logits are 0
     if cfg.device_alpha or cfg.comm_alpha:                                 # device n holds experts n E/N ... (n + 1) E/N - 1
-        P_BN = shares(score_BTE).mean(1).unflatten(1, (N, -1)).sum(-1)                              # [DSV2 eq 28, 31]
+        P_BN = mean(shares(score_BTE)).unflatten(1, (N, -1)).sum(-1)                              # [DSV2 eq 28, 31]
     if cfg.device_alpha:
         f_BN = f_BE.unflatten(1, (N, -1)).mean(-1)                                                      # [DSV2 eq 27]
         losses["device_alpha"] = (f_BN * P_BN).sum(-1)                                                  # [DSV2 eq 26]
     if cfg.comm_alpha:                                       # a token's M devices get it once each, however many experts
         sent_BTN = logits_BTE.new_zeros(B, T, N).scatter_(2, expert_BTA // (E // N), 1.0)
         most = cfg.top_group if cfg.n_group else min(A, N)
-        losses["comm_alpha"] = (sent_BTN.mean(1) * (N / most) * P_BN).sum(-1)                           # [DSV2 eq 29-30]
+        losses["comm_alpha"] = (mean(sent_BTN) * (N / most) * P_BN).sum(-1)                           # [DSV2 eq 29-30]
     return losses
 
 
@@ -380,6 +390,7 @@ def recomputing():
 
 class MoE(nn.Module):
     """Drop-in for the dense MLP of a block.                                                    [DSMoE eq 9, DSV3 eq 12]"""
+    tp = cp = ALONE                        # ranks that share the hidden channels of all experts, and the rows
 
     def __init__(self, cfg, d_ff):
         super().__init__()
@@ -425,7 +436,7 @@ class MoE(nn.Module):
     @torch.compiler.disable
     def observe(self, logits_BTE, expert_BTA, capacity):
         """In training mode, also without gradients: auxiliary losses, and what update_biases will ask for."""
-        losses = balance_losses(logits_BTE, expert_BTA, self.cfg) if self.training else {}
+        losses = balance_losses(logits_BTE, expert_BTA, self.cfg, self.cp) if self.training else {}
         aux_B = sum(getattr(self.cfg, name) * loss_B for name, loss_B in losses.items()) if losses else None
         if recomputing():                                    # seen before; its graph was wanted, though
             if losses and not self.aux_has_graph:
@@ -445,39 +456,45 @@ class MoE(nn.Module):
 
 def aux_sum(model, weight_B):
     """Sum over rows and layers of a row's weight times its auxiliary losses: what Model.loss adds in training, so that
-    micro-batches and ranks add up. It lets go of them, and with them of their graph."""
+    micro-batches and ranks add up. It lets go of them, and with them of their graph. Ranks of cp each know the loss of the whole row, so
+    each has its share of it; those of tp add up the gradients of the router, so each sends back its share."""
     total = 0.0
     for layer in (m for m in model.modules() if isinstance(m, MoE) and m.aux_B is not None):
-        total, layer.aux_B = total + (weight_B * layer.aux_B).sum(), None
+        aux, layer.aux_B = (weight_B * layer.aux_B).sum() / layer.cp.size, None
+        total = total + (aux if layer.tp.size == 1 else aux / layer.tp.size + (aux - aux / layer.tp.size).detach())
     return total
 
 
 @torch.no_grad()
 def update_biases(model, world=World(), moving=True):
-    """Move every router's bias (if they are) against its load of this step, summed over micro-batches and ranks, and count
-    anew.                                                                                               [LossFree alg 1]
+    """Move every router's bias (if they are) against its load of this step, summed over micro-batches and the ranks that share the
+    batch, and count anew. `model` may be a list: the parts of one that this pipeline stage holds.        [LossFree alg 1]
     Returns {} without experts, else (one copy from the device)
         max_vio         the worst layer's largest load over the mean, less one: 0 is perfect balance  [LossFree eq 4]
         min_load        the worst layer's smallest load over the mean: 0 is an expert that nobody visits
         router_entropy  of the scores, mean over tokens, as a share of ln E: 1 is undecided, 0 is sure
         dropped         share of the visits that capacity cut off
         bias_range      the widest layer's largest bias less its smallest"""
-    layers = [m for m in model.modules() if isinstance(m, MoE)]
-    if not layers:
+    layers = [m for part in (model if isinstance(model, list) else [model]) for m in part.modules() if isinstance(m, MoE)]
+    tops = torch.full((3,), -torch.inf, dtype=torch.float64, device=world.device)        # of these the largest counts: max_vio, -min_load,
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)                      # bias_range; of these the sum: entropy, dropped, all
+    if layers:
+        cfg, seen = layers[0].cfg, all_sum(world.batch, torch.stack([torch.cat([m.count_E.double(), m.seen.double()]) for m in layers]))
+        count_LE, total = seen[:, :-2], seen[:, :-2].sum()
+        mean_L1 = count_LE.mean(1, keepdim=True)
+        asleep_L1 = (mean_L1 == 0) & (total > 1)             # blocks that this step did not run have no load to speak of
+        for layer, step_E in zip(layers, torch.sign(mean_L1 - count_LE).float()):
+            layer.bias_E += moving * layer.cfg.bias_lr * step_E
+            layer.count_E.zero_()
+            layer.seen.zero_()
+        load_LE, bias_LE = (count_LE / mean_L1).masked_fill(asleep_L1, 1.0).nan_to_num(0.0), torch.stack([m.bias_E for m in layers]).double()
+        tops = torch.stack([load_LE.max() - 1, -load_LE.min(), (bias_LE.amax(1) - bias_LE.amin(1)).max()])
+        entropy, dropped = seen[:, -2:].sum(0)
+        sums = torch.stack([entropy * cfg.n_active / math.log(max(2, cfg.n_expert)), dropped, total])
+    top = torch.cat([all_max(world.pp, tops), all_sum(world.pp, sums)]).tolist()
+    if top[0] == -torch.inf:
         return {}
-    cfg = layers[0].cfg
-    seen = all_sum(world, torch.stack([torch.cat([m.count_E.double(), m.seen.double()]) for m in layers]))
-    count_LE, (entropy, dropped) = seen[:, :-2], seen[:, -2:].sum(0)
-    total, mean_L1 = count_LE.sum().clamp(min=1), count_LE.mean(1, keepdim=True)
-    asleep_L1 = (mean_L1 == 0) & (total > 1)                 # blocks that this step did not run have no load to speak of
-    for layer, step_E in zip(layers, torch.sign(mean_L1 - count_LE).float()):
-        layer.bias_E += moving * layer.cfg.bias_lr * step_E
-        layer.count_E.zero_()
-        layer.seen.zero_()
-    load_LE, bias_LE = (count_LE / mean_L1).masked_fill(asleep_L1, 1.0).nan_to_num(0.0), torch.stack([m.bias_E for m in layers]).double()
-    values = dict(max_vio=load_LE.max() - 1, min_load=load_LE.min(), bias_range=(bias_LE.amax(1) - bias_LE.amin(1)).max(),
-                  router_entropy=entropy / total * cfg.n_active / math.log(max(2, cfg.n_expert)), dropped=dropped / total)
-    return dict(zip(values, torch.stack([*values.values()]).tolist()))
+    return dict(max_vio=top[0], min_load=-top[1], router_entropy=top[3] / max(1, top[5]), dropped=top[4] / max(1, top[5]), bias_range=top[2])
 
 
 # ---- Upcycling (a dense MLP becomes experts that begin as it was) ----

@@ -56,7 +56,7 @@ def places(T, start=0, turns=False, doc_BT=None, doc_before_B=None):
         cos, sin = angle_1T14.cos().to(a.dtype), angle_1T14.sin().to(a.dtype)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
-    return SimpleNamespace(positions_BT=position_BT, rope=rope, turns=turns, doc_BT=doc_BT, doc_before_B=doc_before_B)
+    return SimpleNamespace(way="", positions_BT=position_BT, rope=rope, turns=turns, doc_BT=doc_BT, doc_before_B=doc_before_B)
 
 
 def new_cache():

@@ -269,7 +269,7 @@ def test_a_module_places_tokens_where_they_stand():
                                                                                  embedded(self, tokens, positions, *rest))[2])
         m.mtp_logits(batch["tokens"], doc_ids=batch["doc_ids"])
     for k in range(3):
-        assert torch.equal(got[k], batch["tokens"][:, k:]) and torch.equal(places[k], here[:, k:])
+        assert torch.equal(got[k][:, :14 - k], batch["tokens"][:, k:]) and torch.equal(places[k][:, :14 - k], here[:, k:])
 
 
 def test_a_row_that_has_ended_does_not_hold_up_the_others():

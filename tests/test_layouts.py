@@ -1,0 +1,131 @@
+"""Every layout trains as one process does: five steps of AdamW in float32, losses within 5e-6 and, at the first step, the gradient of
+every parameter within 1e-5 of its largest entry."""
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dist
+from conftest import launch
+from model import Model
+from moe import update_biases
+from train import TrainConfig, learning_rate
+
+TINY = dict(n_layer=4, n_embd=32, n_head=4, seq_len=32, vocab_size=61, micro_batch=2, device="cpu", d_ff=48)
+MODELS = {
+    "dense": dict(attn="gqa", n_kv_head=2, qk_norm="head"),
+    "mla_moe": dict(attn="mla", moe=True, n_expert=8, n_active=2, d_expert=16, mtp=1, aux_loss="sequence", tie_embeddings=False),
+    "moe": dict(moe=True, n_expert=8, n_active=2, d_expert=16, moe_every=2, n_dense_layer=0),
+    "lightning": dict(layers="lightning,mha"),
+    "swa": dict(attn="swa", window=9, sinks=True, tie_embeddings=False),
+    "gdn": dict(layers="gdn,kda"),
+    "linear": dict(layers="linear,transnormer", pos="rope"),
+    "gpt2": dict(norm="layer", act="gelu_tanh", pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True),
+    "mqa_t5": dict(attn="mqa", pos="t5", attn_softcap=20.0),
+}
+STEPS, ROWS = 5, 8
+
+
+def batches_of(cfg, step):
+    """The rows of a step: ragged documents, some tokens not counted."""
+    draw = torch.Generator().manual_seed(step)
+    tokens = torch.randint(cfg.vocab_size, (ROWS, cfg.seq_len + 1), generator=draw)
+    doc = (torch.rand(ROWS, cfg.seq_len, generator=draw) < 0.08).cumsum(1)
+    place = torch.arange(cfg.seq_len) - torch.stack([torch.tensor([(row == i).nonzero()[0, 0] for i in row]) for row in doc])
+    return dict(tokens=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), positions=place, doc_ids=doc,
+                weights=(torch.rand(ROWS, cfg.seq_len, generator=draw) < 0.9).float())
+
+
+def run(cfg, home=None):
+    """Train in this process's world; rank 0 writes {losses, gradients of step one} to `home`, or returns them."""
+    world = dist.init(cfg)
+    engine = dist.Engine(Model(cfg), world, cfg)
+    engine.train()
+    optimizer = torch.optim.AdamW([share.local for share in engine.shares], lr=1e-2, fused=True)
+    losses, grads = [], {}
+    for step in range(STEPS):
+        whole = batches_of(cfg, step)
+        mine = {name: t.chunk(world.dp.size)[world.dp.rank] for name, t in whole.items()}
+        size = cfg.micro_batch
+        micro = [{name: t[i:i + size] for name, t in mine.items()} for i in range(0, ROWS // world.dp.size, size)]
+        weight = whole["weights"].sum().item()
+        loss, said = engine.step(micro, weight)
+        if step == 0:
+            grads = {share.name: (share.local.grad.numpy().copy(), share.boxes, share.shape) for share in engine.shares}
+        norm = engine.clip_grad(1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
+        optimizer.step()
+        engine.zero_grad()
+        stats = update_biases(engine.models, world)
+        losses.append([dist.all_sum(world, loss / weight).item(), norm.item(), *(stats[k] for k in sorted(stats))])
+    engine.train(False)
+    scores = dist.all_sum(world, sum(engine.loss(batch) for batch in micro)).tolist()
+    losses.append([scores[0] / scores[1]])
+    result = losses, grads
+    if home:
+        torch.save(result, Path(home) / f"{world.rank}.pt")
+    engine = None
+    dist.shutdown()
+    return result
+
+
+WHOLE = {}
+
+
+def alone(name):
+    if name not in WHOLE:
+        WHOLE[name] = run(TrainConfig(**TINY, **MODELS[name]))
+    return WHOLE[name]
+
+
+def check(name, layout, ranks):
+    cfg, home = TrainConfig(**TINY | MODELS[name] | layout), tempfile.mkdtemp()
+    losses, grads = alone(name)
+    assert launch(lambda: run(cfg, home), ranks) == [0] * ranks
+    seen = {}
+    for rank in range(ranks):
+        theirs, parts = torch.load(Path(home) / f"{rank}.pt", weights_only=False)
+        for step, (a, b) in enumerate(zip(theirs, losses)):
+            assert abs(a[0] - b[0]) < 5e-6, f"rank {rank}, step {step}: loss {a[0]} instead of {b[0]}"
+            np.testing.assert_allclose(a[1:], b[1:], rtol=1e-5 if step == 0 else 2e-3, atol=1e-6, err_msg=f"rank {rank}, step {step}")
+        for key, (grad, boxes, shape) in parts.items():
+            whole, at = grads[key][0], 0
+            for box in boxes:
+                want = whole[tuple(slice(*ends) for ends in box)]
+                part = grad[at:at + want.shape[0]]
+                at += want.shape[0]
+                off = np.abs(part - want).max() / max(np.abs(whole).max(), 1e-12)
+                assert off < 1e-5, f"rank {rank}: gradient of {key} {box} is off by {off:.1e}"
+                mask = seen.setdefault(key, np.zeros(shape, bool))
+                mask[tuple(slice(*ends) for ends in box)] = True
+    assert seen.keys() == grads.keys() and all(mask.all() for mask in seen.values()), "some parameters are nowhere"
+
+
+LAYOUTS = [(name, layout) for name, layouts in {
+    "dense": (dict(dp=2), dict(fsdp=3, dp=2), dict(fsdp=2, dp=2), dict(tp=2), dict(tp=2, sp=False), dict(cp=2), dict(cp=2, cp_mode="ulysses"),
+              dict(cp=2, cp_mode="ring"), dict(pp=2), dict(dp=4), dict(fsdp=3, dp=4, hsdp=2), dict(tp=4), dict(fsdp=3, dp=2, tp=2), dict(pp=2, tp=2),
+              dict(pp=2, pp_schedule="gpipe"), dict(pp=2, pp_schedule="zbv"), dict(pp=2, pp_schedule="interleaved"), dict(pp=2, pp_schedule="dualpipev"),
+              dict(pp=2, pp_schedule="looped_bfs"), dict(pp=2, pp_schedule="interleaved_zb"), dict(pp=2, dp=2, fsdp=3), dict(dp=2, pp=2),
+              dict(pp=2, dp=2, fsdp=3, tp=2), dict(pp=2, cp=2, tp=2), dict(fsdp=3, dp=2, cp=2, tp=2)),
+    "mla_moe": (dict(dp=2, ep=2), dict(fsdp=3, dp=2, tp=2), dict(dp=2, ep=2, tp=2), dict(dp=4, ep=2), dict(dp=4, ep=2, fsdp=3), dict(pp=2, dp=2, ep=2),
+                dict(cp=2, ep=2), dict(cp=2, cp_mode="ring"), dict(cp=2, cp_mode="ulysses"), dict(pp=2), dict(tp=2)),
+    "moe": (dict(dp=2, ep=2, fsdp=3), dict(tp=2, sp=False), dict(pp=2, pp_schedule="zbv")),
+    "lightning": (dict(dp=2), dict(cp=2), dict(tp=2), dict(cp=4), dict(cp=2, tp=2, fsdp=3, dp=2), dict(pp=2)),
+    "swa": (dict(cp=2), dict(cp=2, cp_mode="ring"), dict(cp=4, cp_mode="ring"), dict(cp=2, cp_mode="ulysses"), dict(tp=2), dict(pp=2, tp=2)),
+    "gdn": (dict(cp=2), dict(tp=2), dict(cp=2, tp=2)),
+    "linear": (dict(cp=2), dict(tp=2)),
+    "gpt2": (dict(tp=2), dict(tp=2, sp=False), dict(cp=2), dict(fsdp=3, dp=2), dict(pp=2, tp=2)),
+    "mqa_t5": (dict(tp=2), dict(cp=2), dict(cp=2, cp_mode="ulysses"), dict(pp=2)),
+}.items() for layout in layouts]
+
+
+def ranks_of(layout):
+    return math.prod(layout.get(axis, 1) for axis in ("pp", "dp", "cp", "tp"))
+
+
+@pytest.mark.parametrize("name, layout", LAYOUTS, ids=lambda x: "-".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else x)
+def test_a_layout_trains_as_one_process(name, layout):
+    check(name, layout, ranks_of(layout))
