@@ -20,6 +20,7 @@ Run me:      python dist.py      (saves a checkpoint, damages it, recovers)
 """
 import contextlib
 import datetime
+import faulthandler
 import hashlib
 import json
 import math
@@ -124,9 +125,22 @@ def validate(cfg):
     return size
 
 
-def data_ranks(cfg, size):
-    """Copies of the model in a world of `size` ranks: what its other axes leave."""
+def copies_of_model(cfg, size):
+    """dp: copies of the model in a world of `size` ranks, what its other axes leave. Each has rows of its own."""
     return size // (cfg.pp * cfg.cp * cfg.tp)
+
+
+def layout(cfg, size):
+    """{axis: ranks} of those that are used."""
+    named = dict(pp=cfg.pp, dp=copies_of_model(cfg, size), cp=cfg.cp, tp=cfg.tp, ep=cfg.ep, fsdp=cfg.fsdp, hsdp=cfg.hsdp)
+    return {name: n for name, n in named.items() if name == "dp" or n != getattr(DistConfig, name)}
+
+
+def layout_line(cfg, size):
+    """The same in words."""
+    axes, how = layout(cfg, size), dict(pp=f" ({cfg.pp_schedule})", cp=f" ({cfg.cp_mode})", tp=" (the stream, too)" if cfg.sp else "")
+    grid = " x ".join(f"{name} {axes[name]}{how.get(name, '')}" for name in ("pp", "dp", "cp", "tp") if axes.get(name, 1) > 1)
+    return ", ".join([grid or "dp 1"] + [f"{name} {axes[name]}" for name in ("ep", "fsdp", "hsdp") if name in axes])
 
 
 def init(cfg):
@@ -152,7 +166,7 @@ def init(cfg):
 
 def groups(cfg, rank, size, wait):
     """{name: Group} of this rank. All ranks make all groups, in the same order."""
-    dp = data_ranks(cfg, size)
+    dp = copies_of_model(cfg, size)
     grid = np.arange(size).reshape(cfg.pp, dp, cfg.cp, cfg.tp)
     batch = grid.reshape(cfg.pp, dp * cfg.cp, cfg.tp)
     copies = cfg.hsdp if cfg.fsdp else dp * cfg.cp
@@ -171,11 +185,19 @@ def groups(cfg, rank, size, wait):
     return own
 
 
+def watch(world, timeout):
+    """From now on this rank has `timeout` seconds, until the next call, or it prints the stack of every thread and ends with exit code 1:
+    who waits for a rank that hangs would wait for ever, and which one hangs is seen from all their stacks."""
+    if world.size > 1:
+        faulthandler.dump_traceback_later(timeout, exit=True)
+
+
 def shutdown():
     """Leave the process group once all ranks have come this far. Let go of parallelize()'s step before: it holds the group,
     and freeing a gloo group from there can wait for ever on a thread that waits for Python."""
     if td.is_initialized():
         td.barrier()
+        faulthandler.cancel_dump_traceback_later()
         td.destroy_process_group()
 
 
@@ -494,7 +516,7 @@ class Engine:
         for number, stage in enumerate(stages):
             for name, _ in stage.named_parameters():
                 self.holders.setdefault(name, []).append(number)
-        self.parts = [Part(stage, number, cast) for number, stage in enumerate(stages) if self.owner[number] == world.pp.rank]
+        self.parts = [Part(stage if self.fsdp else stage.to(world.device), number, cast) for number, stage in enumerate(stages) if self.owner[number] == world.pp.rank]
         self.calls = [self.wrapped(part) for part in self.parts]
         self.shares = [self.share(part.number, name, p, *table[name]) for part in self.parts for name, p in part.model.named_parameters()]
 
@@ -554,6 +576,62 @@ class Engine:
         for model in self.models:
             model.train(mode)
 
+    # -- what is here
+
+    def named(self):
+        """(name, plain parameter of this rank), as an optimizer wants them."""
+        return [(share.name, share.local) for share in self.shares]
+
+    def held_like(self, share, tensor):
+        """A tensor that lies as a share does: the parameter, or a state of its optimizer."""
+        placed, at = [], 0
+        for box in share.boxes:
+            size = tuple(stop - start for start, stop in box)
+            placed.append((tuple(start for start, _ in box), (at,) + (0,) * (len(box) - 1), size))
+            at += size[0]
+        return Held(tensor, share.shape, placed, share.writes)
+
+    def held(self):
+        """{name: Held} of parameters and buffers."""
+        first = self.world.batch.rank == self.world.tp.rank == 0
+        held = {}
+        for model in self.models:
+            own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+            held |= {name: Held.whole(t, first) for name, t in model.state_dict().items() if name not in own}
+        return held | {share.name: self.held_like(share, share.param.detach() if not self.fsdp else share.param._local_tensor)
+                       for share in reversed(self.shares)}       # of a weight that two stages here have, the first
+
+    def on_main(self, most=1 << 30):
+        """The model in one piece, ready to generate: on the main rank, None on the others. It is put together where it is in parts, unless
+        it has more than `most` parameters."""
+        world, here = self.world, self.models[0]
+        if world.size == world.dp.size and not self.fsdp and world.ep.size == 1:
+            return here if world.main else None
+        boxes = [(share.name, share.shape, share.boxes, share.param._local_tensor if self.fsdp else share.param.detach())
+                 for share in self.shares if share.writes]
+        total = all_sum(world, torch.tensor(float(sum(t.numel() for *_, t in boxes)), device=world.device)).item()
+        if total > most:
+            return None
+        others = [(name, t.shape, [[(0, n) for n in t.shape]], t) for model in self.models for name, t in model.state_dict().items()
+                  if name in dict(model.named_buffers())]
+        every = [None] * world.size if world.main else None
+        td.gather_object([(name, tuple(shape), own, t.cpu()) for name, shape, own, t in boxes + others * (world.batch.rank == world.tp.rank == 0)], every)
+        if not world.main:
+            return None
+        with torch.device("meta"):
+            whole = type(here)(here.cfg)
+        whole.to_empty(device=world.device)
+        for buffer in whole.buffers():
+            buffer.zero_()
+        goals = whole.state_dict()
+        for name, shape, own, t in (one for some in every for one in some):
+            at = 0
+            for box in own:
+                size = box[0][1] - box[0][0] if box else 0
+                goals[name][tuple(slice(*ends) for ends in box)].copy_(t[at:at + size] if box else t)
+                at += size
+        return whole
+
     # -- a step
 
     def step(self, batches, weight):
@@ -580,11 +658,12 @@ class Engine:
 
     def reported(self):
         """(sum of losses, {metric: [sum, weight]}) since the last call, of the ranks that know them: zero on the others."""
-        loss, said = torch.zeros((), dtype=torch.float64, device=self.world.device), {}
+        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        said = {name: loss.new_zeros(2) for name in self.models[0].metric_names}
         for part in self.parts:
             for loss_sum, _, metrics in part.said:
                 loss += loss_sum
-                said |= {name: said.get(name, 0) + pair.double() for name, pair in metrics.items()}
+                said |= {name: said[name] + pair.double() for name, pair in metrics.items()}
             part.said.clear()
         mine = self.world.tp.rank == 0
         return loss * mine, {name: pair * mine for name, pair in said.items()}

@@ -1018,6 +1018,12 @@ class Model(nn.Module):
             loss_sum, nll_M = vocab_parallel_cross_entropy(*given, **extra, n_vocab=cfg.vocab_size, tp=tp)
         return loss_sum, (nll_M * weights_M).sum()
 
+    @property
+    def metric_names(self):
+        """What the metrics of `loss` have in training."""
+        extra = self.mtp_plan or self.cfg.z_loss or self.cfg.label_smoothing
+        return ["nll"] * bool(extra) + [f"mtp{k}_nll" for k in range(1, len(self.mtp_plan) + 1)]
+
     def loss(self, batch):
         """(sum of weights * nll, sum of weights, metrics): sums, so that micro-batches and ranks add up to one batch. In training
         the first holds self.mtp_weight times the mean of the MTP modules' sums, too, over the same sum of weights   [DSV3 eq 24, 25],

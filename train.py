@@ -24,6 +24,7 @@ Run me:      python train.py                                   (trains on this P
 """
 import contextlib
 import dataclasses
+import functools
 import html
 import importlib.util
 import json
@@ -87,6 +88,7 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
     beta2: float = 0.95            # Adam: memory of its square
     weight_decay: float = 0.1      # decay of matrices (gains and biases have none)
     grad_clip: float = 1.0         # largest gradient norm; 0 does not clip
+    max_bad_steps: int = 10        # steps in a row without a finite loss and gradient, which change nothing, before the run ends
     dtype: str = "auto"            # of products: auto (bfloat16 where it is fast), float32 or bfloat16; weights stay float32
     compile: bool = False          # torch.compile every block
     log_every: int = 10            # steps between printed lines (log.jsonl has every step)
@@ -94,6 +96,7 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
     eval_tokens: int = 1_000_000   # validation tokens of an evaluation at most, spread evenly
     save_every: int = 250          # steps between checkpoints; 0 only at the end
     keep: int = 2                  # newest checkpoints that stay
+    async_save: bool = False       # write checkpoints in the background; training waits for a copy in memory alone
     resume: str = flag("", bare="latest")  # go on with the run in out_dir: bare for its newest good checkpoint, or a path
     init_from: str = ""            # begin a new run from the weights in this folder (Hugging Face or a run of ours)
     grow_from: str = ""            # the same, in a larger model that begins as those weights do: with --moe, MLPs become experts
@@ -118,11 +121,11 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
 
 # ---- Optimizer (how far does a weight move?) ----
 
-def adamw(model, cfg):
-    """torch's fused AdamW; matrices decay, gains and biases do not.                                      [AdamW alg 2]"""
-    is_vector = lambda name, p: p.ndim < 2 or ".b_" in name      # experts stack their biases
-    matrices = [p for name, p in model.named_parameters() if not is_vector(name, p)]
-    vectors = [p for name, p in model.named_parameters() if is_vector(name, p)]
+def adamw(named, cfg):
+    """torch's fused AdamW on (name, parameter) pairs; matrices decay, gains and biases do not.           [AdamW alg 2]"""
+    named, is_vector = list(named), lambda name, p: p.ndim < 2 or ".b_" in name      # experts stack their biases
+    matrices = [p for name, p in named if not is_vector(name, p)]
+    vectors = [p for name, p in named if is_vector(name, p)]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
 
@@ -180,71 +183,62 @@ def autocast(device, dtype):
 # ---- The batch (tokens per step -> rows, micro-batches, ranks) ----
 
 def batch_shape(cfg, ranks):
-    """(rows of a step, rows of a micro-batch, micro-batches a rank accumulates)."""
+    """(rows of a step, rows of a micro-batch, micro-batches each copy of the model accumulates), for so many ranks in all."""
     rows, rest = divmod(cfg.tokens_per_step, cfg.seq_len)
-    unit = cfg.seq_len * ranks * max(1, cfg.micro_batch)
-    if rest or rows % ranks or cfg.micro_batch and rows % (ranks * cfg.micro_batch):
+    copies = dist.copies_of_model(cfg, ranks)
+    micro = cfg.micro_batch
+    if cfg.microbatches and not rest and rows % (copies * cfg.microbatches) == 0:
+        micro = micro or rows // copies // cfg.microbatches
+    unit = cfg.seq_len * copies * max(1, micro) * max(1, cfg.microbatches if not cfg.micro_batch else 1)
+    if rest or rows % copies or micro and rows % (copies * micro) or cfg.microbatches and rows != copies * micro * cfg.microbatches:
         low = cfg.tokens_per_step // unit * unit
         fits = " or ".join(f"--tokens_per_step={n}" for n in (low, low + unit) if n)
-        micro = f" x --micro_batch={cfg.micro_batch}" if cfg.micro_batch else ""
-        raise UsageError(f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len}{micro} "
-                         f"x {ranks} rank{'s' * (ranks > 1)}); use {fits}")
-    mine = rows // ranks
-    if cfg.micro_batch:
-        return rows, cfg.micro_batch, mine // cfg.micro_batch
+        if cfg.micro_batch and cfg.microbatches:
+            fits = f"--tokens_per_step={cfg.seq_len * copies * micro * cfg.microbatches}"
+        more = "".join(f" x --{name}={value}" for name, value in (("micro_batch", cfg.micro_batch), ("microbatches", cfg.microbatches)) if value)
+        raise UsageError(f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len}{more} "
+                         f"x {copies} rank{'s' * (copies > 1)}); use {fits}")
+    mine = rows // copies
+    if micro:
+        return rows, micro, mine // micro
     most = max(1, 16384 // cfg.seq_len)                          # what a small device holds of a small model
-    micro = max(m for m in range(1, min(mine, most) + 1) if mine % m == 0)
-    return rows, micro, mine // micro
+    fits = [m for m in range(1, min(mine, most) + 1) if mine % m == 0]
+    if cfg.pp > 1:                                               # two micro-batches a stage keep it busy, the fewer the better then
+        busy = [m for m in fits if mine // m % cfg.pp == 0 and mine // m >= 2 * cfg.pp] or [m for m in fits if mine // m % cfg.pp == 0]
+        if not busy:
+            unit = cfg.seq_len * copies * cfg.pp
+            raise UsageError(f"--tokens_per_step={cfg.tokens_per_step} leaves {mine} rows for --pp={cfg.pp} stages, which want a multiple of "
+                             f"{cfg.pp} micro-batches; use --tokens_per_step={-(-cfg.tokens_per_step // unit) * unit}")
+        fits = busy
+    return rows, max(fits), mine // max(fits)
 
 
 def micro_batches(loader, step, shape, world):
     """This rank's micro-batches of a step."""
     rows, micro, accumulate = shape
-    first = step * rows + world.rank * micro * accumulate
+    first = step * rows + world.dp.rank * micro * accumulate
     return [loader.samples(first + i * micro, micro) for i in range(accumulate)]
 
 
 def weight_of_step(batches, world):
     """The weight of all ranks' tokens together."""
-    return dist.all_sum(world, torch.stack([b["weights"].sum(dtype=torch.float64) for b in batches]).sum().to(world.device)).item()
-
-
-def to_device(batch, device):
-    if device.type == "cuda":
-        return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
-    return batch
-
-
-def accumulate(step_fn, batches, weight, world, dtype):
-    """Gradients of this rank's micro-batches, for a loss that is divided by the weight of the whole step. -> (its sum, {metric:
-    this rank's [sum, weight]})"""
-    loss_sum, said = torch.zeros((), dtype=torch.float64, device=world.device), {}
-    for i, batch in enumerate(batches):
-        with dist.accumulating(step_fn, last=i == len(batches) - 1):
-            with autocast(world.device, dtype):
-                part, _, more = step_fn(to_device(batch, world.device))
-            (part * (world.size / weight)).backward()
-            loss_sum += part.detach()
-            said |= {name: said.get(name, 0) + pair.double() for name, pair in more.items()}
-    return loss_sum, said
+    return dist.all_sum(world.dp, torch.stack([b["weights"].sum(dtype=torch.float64) for b in batches]).sum().to(world.device)).item()
 
 
 # ---- Evaluation (what does it know of text it never saw?) ----
 
-@torch.no_grad()
-def evaluate(model, loader, meta, cfg, world, dtype):
+def evaluate(engine, loader, meta, cfg):
     """{val_loss (nats per token), val_ppl, val_bpb} of the validation text, each token counted once over all ranks."""
-    model.eval()
-    n = min(loader.n_rows, max(1, cfg.eval_tokens // cfg.seq_len))
+    engine.train(False)
+    world, n = engine.world, min(loader.n_rows, max(1, cfg.eval_tokens // cfg.seq_len))
     chosen = [i * loader.n_rows // n for i in range(n)]
     size = max(1, 8192 // cfg.seq_len)
+    lots = [chosen[i:i + size] for i in range(0, n, size)]
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    mine = [chosen[i:i + size] for i in range(0, n, size)][world.rank::world.size]
-    with autocast(world.device, dtype):
-        for rows in mine:
-            loss_sum, weight_sum, _ = model.loss(to_device(loader.batch(rows), world.device))
-            sums += torch.stack([loss_sum.double(), weight_sum.double()])
-    model.train()
+    for i in range(0, len(lots), world.dp.size):                 # copies of the model take turns; each runs as often as the others
+        mine = i + world.dp.rank
+        sums += engine.loss(loader.batch(lots[min(mine, len(lots) - 1)])) * (mine < len(lots))
+    engine.train(True)
     loss = (lambda pair: pair[0] / pair[1])(dist.all_sum(world, sums).tolist())
     return dict(val_loss=loss, val_ppl=math.exp(min(loss, 700)),
                 val_bpb=loss / math.log(2) * loader.n_tokens / meta["val_bytes"])
@@ -272,7 +266,8 @@ def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_to
 FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
                   "top_k", "top_p", "repetition_penalty", "bench", "bench_peer", "size",
                   "log_every", "eval_every", "eval_tokens", "save_every", "keep",
-                  "micro_batch", "ac", "device", "dp", "timeout", "kernels", "compile", "steps", "cache_dir", "preset"}
+                  "micro_batch", "ac", "timeout", "kernels", "compile", "steps", "cache_dir", "preset", "max_bad_steps", "async_save",
+                  *DistConfig.__dataclass_fields__}
 OURS = ("config.json", "log.jsonl", "report.html", "tokenizer", "ckpt", "data")
 
 
@@ -410,29 +405,28 @@ class Log:
             self.broken = True
 
 
-def optimizer_tensors(model, optimizer):
-    """{optimizer.<state>.<parameter>: tensor}; per-parameter step counters are all equal and kept as one number."""
-    return {f"optimizer.{key}.{name}": value for name, p in model.named_parameters()
-            for key, value in optimizer.state.get(p, {}).items() if key != "step"}
-
-
-def model_tensors(model):
-    shared = {"head.weight"} if model.cfg.tie_embeddings else set()
-    return {f"model.{name}": t for name, t in model.state_dict().items() if name not in shared}
+def state_of(engine, optimizer):
+    """{model.<name>, optimizer.<state>.<name>: what this rank holds of it}; per-parameter step counters are all equal and kept as one
+    number."""
+    held = {f"model.{name}": one for name, one in engine.held().items()}
+    for share in engine.shares:
+        for key, value in optimizer.state.get(share.local, {}).items():
+            if key != "step":
+                held[f"optimizer.{key}.{share.name}"] = engine.held_like(share, value)
+    return held
 
 
 @torch.no_grad()
-def restore(model, optimizer, tensors, state):
-    """Put a checkpoint's tensors back in place, every one of them."""
-    own = model_tensors(model)
-    if missing := set(own) - set(tensors):
-        raise UsageError(f"the checkpoint lacks {sorted(missing)[:4]}; it belongs to another model")
-    for name, t in own.items():
-        t.copy_(tensors[name])
-    for name, p in model.named_parameters():
-        optimizer.state[p] = {key.split(".")[1]: value.to(p.device).clone() for key, value in tensors.items()
-                              if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
-        optimizer.state[p]["step"] = torch.tensor(float(state["step"]), device=p.device if p.is_cuda else "cpu")
+def restore(engine, optimizer, saved):
+    """Put a checkpoint's tensors back in place, every one of them, whatever layout they were saved on."""
+    for name, one in engine.held().items():
+        saved.fill(f"model.{name}", one)
+    keys = {name.split(".")[1] for name in saved.table if name.startswith("optimizer.")}
+    for share in engine.shares:
+        own = optimizer.state[share.local] = {key: torch.zeros_like(share.local) for key in keys}
+        for key, value in own.items():
+            saved.fill(f"optimizer.{key}.{share.name}", engine.held_like(share, value))
+        own["step"] = torch.tensor(float(saved.state["updates"]), device=share.local.device if share.local.is_cuda else "cpu")
 
 
 # ---- Report (what a person sees) ----
@@ -527,7 +521,7 @@ def peak_flops(device, dtype):
 
 def describe(cfg, model, device, dtype, reason, ranks):
     """The facts of a run, as printed before step 0."""
-    rows, micro, accumulate = batch_shape(cfg, ranks)
+    (rows, micro, accumulate), copies = batch_shape(cfg, ranks), dist.copies_of_model(cfg, ranks)
     total, active = sum(p.numel() for p in model.parameters()), model_lib.active_parameters(model)
     parts = ", ".join(f"{kind} {count:,}" for kind, count in model_lib.parameter_table(model).items())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -543,8 +537,9 @@ def describe(cfg, model, device, dtype, reason, ranks):
         f"model    {total:,} parameters" + (f", {active:,} active a token" if active != total else "") + f" ({parts})",
         f"         {cfg.n_layer} layers, {model_lib.flops_per_token(model, cfg.seq_len) / 1e6:,.1f} MFLOPs a token, "
         f"{state / 1e9:.2f} GB of weights, gradients and optimizer state",
+        *([f"layout   {ranks} ranks = {dist.layout_line(cfg, ranks)}"] if ranks > 1 else []),
         f"batch    {cfg.tokens_per_step:,} tokens a step = {rows} rows of {cfg.seq_len} = {micro} rows x {accumulate} accumulated x "
-        f"{ranks} rank{'s' * (ranks > 1)}",
+        f"{copies} {'ranks' if copies == ranks > 1 else 'rank' if ranks == 1 else 'copies of the model' if copies > 1 else 'copy of the model'}",
         f"run      {cfg.steps:,} steps = {tokens:,} tokens = {tokens / total:.1f} a parameter",
         f"lr       {spark([learning_rate(cfg, s) for s in range(cfg.steps)])}  peak {cfg.lr:g}, end {learning_rate(cfg, cfg.steps - 1):g}",
         f"flags    {flags}", *(f"unused   --{name}={getattr(cfg, name)}: it needs {needs}" for name, needs in unused.items()),
@@ -624,10 +619,10 @@ def bench(cfg, typed):
                  positions=torch.arange(T).expand(B, T).contiguous(), doc_ids=torch.zeros(B, T, dtype=torch.long))
     batch = {name: t.to(device) for name, t in batch.items()}
     model = Model(cfg).to(device)
-    loss_fn = compiled_step(model, cfg, world)
+    compile_blocks(model, cfg, world)
 
     def mean_loss():
-        loss_sum, weight, _ = loss_fn(batch)
+        loss_sum, weight, _ = model.loss(batch)
         return loss_sum / weight
 
     def stepping(net, loss, optimizer, dtype):
@@ -641,7 +636,7 @@ def bench(cfg, typed):
             return value.item()
         return step
 
-    makers = {f"this repo, {str(dtype)[6:]}": lambda: (model, mean_loss, OPTIMIZERS[cfg.optimizer](model, cfg), dtype)}
+    makers = {f"this repo, {str(dtype)[6:]}": lambda: (model, mean_loss, OPTIMIZERS[cfg.optimizer](model.named_parameters(), cfg), dtype)}
     if cfg.bench_peer != "none":
         makers |= peers(cfg, model, batch, device, dtype)
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'} | torch {torch.__version__} | "
@@ -777,8 +772,8 @@ def model_flags_of(cfg, typed):
     return model.cfg, model
 
 
-def compiled_step(model, cfg, world):
-    """parallelize(model), its blocks compiled if asked; without a C++ compiler on a CPU it stays eager and says so."""
+def compile_blocks(model, cfg, world):
+    """As --compile asks; without a C++ compiler on a CPU the model stays eager and says so."""
     if cfg.compile and world.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         world.print("compile: no C++ compiler (g++) on this machine, so the blocks run eagerly")
     elif cfg.compile:
@@ -787,7 +782,6 @@ def compiled_step(model, cfg, world):
                 module.forward = torch.compiler.disable(module.forward)
         for block in [*model.enc_blocks, *model.blocks, *(module.block for module in model.mtp)]:
             block.compile()
-    return dist.parallelize(model, world)
 
 
 def prepare_data(cfg, world, state):
@@ -853,12 +847,13 @@ def listen_for_stop():
 def train(cfg, typed):
     # everything that can be refused is refused before the run folder is touched
     world = dist.init(cfg)
-    out, say, loaded, source = Path(cfg.out_dir), world.print, None, None
+    out, say, saved, source = Path(cfg.out_dir), world.print, None, None
+    dist.agree(world, "flags", " ".join(non_default(cfg)))
     if cfg.resume:
-        loaded = dist.read_checkpoint(cfg.resume) if cfg.resume != "latest" else dist.newest_checkpoint(out / "ckpt", say)
-        if loaded is None:
+        saved = dist.open_checkpoint(cfg.resume, world) if cfg.resume != "latest" else dist.newest_checkpoint(out / "ckpt", say, world)
+        if saved is None:
             say(f"--resume: {out} has no checkpoint yet, so the run begins at step 0")
-    tensors, state, start = loaded or ({}, None, 0)
+    state, start = (saved.state, saved.step) if saved else (None, 0)
     if cfg.weights_from and not state:
         cfg, source = model_flags_of(cfg, typed)
         batch_shape(cfg, world.size)
@@ -867,62 +862,63 @@ def train(cfg, typed):
     vocab_size = width_of(cfg, typed, state, source, tok)
     loaders = data.open_loaders(cfg, folder, meta, tok)
 
-    # the model, its optimizer, and where the run stands
+    # the model, spread over the ranks, its optimizer, and where the run stands
     dtype, reason = compute_dtype(cfg, world.device)
     model_cfg = dataclasses.replace(cfg, vocab_size=vocab_size)
-    model = (source or Model(model_cfg)).to(world.device)
+    model = source or Model(model_cfg)
     model.cfg = model_cfg
-    optimizer = OPTIMIZERS[cfg.optimizer](model, cfg)
-    if state:
-        restore(model, optimizer, tensors, state)
-    tensors = loaded = source = None                             # what was copied need not stay in memory
-    step_fn, shape = compiled_step(model, cfg, world), batch_shape(cfg, world.size)
-    facts = describe(cfg, model, world.device, dtype, reason, world.size)
+    compile_blocks(model, cfg, world)
+    shape, facts = batch_shape(cfg, world.size), describe(cfg, model, world.device, dtype, reason, world.size)
     facts += describe_data(cfg, meta, loaders["train"], shape[0])
+    flops, peak = model_lib.flops_per_token(model, cfg.seq_len), peak_flops(world.device, dtype)
+    total = sum(p.numel() for p in model.parameters())
+    engine = dist.Engine(model, world, model_cfg, functools.partial(autocast, world.device, dtype))
+    optimizer = OPTIMIZERS[cfg.optimizer](engine.named(), cfg)
+    if state:
+        restore(engine, optimizer, saved)
+    model = saved = source = None                                # what was copied or cut away need not stay in memory
     say(facts)
     if start >= cfg.steps:
         say(f"the run is complete: step {start} of {cfg.steps}; give a larger --steps to go on")
-        step_fn = None
+        engine = None
         return dist.shutdown()
-    log = start_run_folder(cfg, world, model, tok, start) if world.main else None
+    log = start_run_folder(cfg, world, engine, tok, start, total)
 
-    stop = listen_for_stop()
-    flops, peak = model_lib.flops_per_token(model, cfg.seq_len), peak_flops(world.device, dtype)
-    seconds, recent, paused, begun = state["seconds"] if state else 0.0, [], 0.0, time.perf_counter()
+    stop, seconds, recent, paused, begun = listen_for_stop(), state["seconds"] if state else 0.0, [], 0.0, time.perf_counter()
+    updates, bad = state["updates"] if state else 0, 0
 
     def save(step):
-        if world.main:
-            try:
-                dist.save_checkpoint(out / "ckpt", step, model_tensors(model) | optimizer_tensors(model, optimizer),
-                                     dict(step=step, next_sample=step * shape[0], tokens=step * cfg.tokens_per_step, seconds=seconds,
-                                          data=folder.name, config=dataclasses.asdict(model_cfg)), cfg.keep)
-            except OSError as error:
-                say(f"checkpoint at step {step} NOT saved ({error.strerror}); training goes on, next try at the next interval")
-        dist.barrier(world)
+        try:
+            dist.save_checkpoint(out / "ckpt", step, state_of(engine, optimizer),
+                                 dict(step=step, updates=updates, next_sample=step * shape[0], tokens=step * cfg.tokens_per_step,
+                                      seconds=seconds, data=folder.name, config=dataclasses.asdict(model_cfg)),
+                                 cfg.keep, world, background=cfg.async_save)
+        except OSError as error:
+            say(f"checkpoint at step {step} NOT saved ({error.strerror}); training goes on, next try at the next interval")
 
-    model.train()
+    engine.train()
     ahead = data.prefetch((micro_batches(loaders["train"], step, shape, world) for step in range(start, cfg.steps)), cfg.prefetch)
     for step, batches in zip(range(start, cfg.steps), ahead):
+        dist.watch(world, cfg.timeout)                           # a rank that hangs is not waited for
         tick = time.perf_counter()
-        weight, model.mtp_weight = weight_of_step(batches, world), mtp_weight(cfg, step)
-        lr = learning_rate(cfg, step)
+        weight, lr = weight_of_step(batches, world), learning_rate(cfg, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + world.rank) % 2**63)         # dropout: a function of the step
-        loss_sum, said = accumulate(step_fn, batches, weight, world, dtype)
-        gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        loss, gnorm, stopping = dist.all_sum(world, torch.stack(
-            [loss_sum / weight, gnorm.double() / world.size, torch.tensor(float(len(stop)), device=world.device)])).tolist()
-        if not math.isfinite(loss + gnorm):
-            raise UsageError(f"step {step + 1}: loss {loss}, gradient norm {gnorm}: not finite, so the weights were not touched; "
-                             f"the last checkpoint in {out}/ckpt is good. Begin anew from it with --init_from={out} and a smaller "
-                             f"--lr than {cfg.lr:g}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        metrics = update_biases(model, world, moving=step < cfg.bias_until * cfg.steps)
-        if said:
-            sums = dist.all_sum(world, torch.stack([*said.values()])).tolist()
-            metrics |= {name: nll / max(weight, 1e-20) for name, (nll, weight) in zip(said, sums)}
+        for part in engine.models:
+            part.mtp_weight = mtp_weight(cfg, step)
+        torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + world.batch.rank) % 2**63)   # dropout: a function of the step
+        loss_sum, said = engine.step(batches, weight)
+        gnorm = engine.clip_grad(cfg.grad_clip).item()
+        loss, stopping, *said_sums = dist.all_sum(world, torch.stack(
+            [loss_sum / weight, torch.tensor(float(len(stop)), dtype=torch.float64, device=world.device), *torch.cat([*said.values(), loss_sum.new_zeros(0)])])).tolist()
+        good = math.isfinite(loss + gnorm)
+        bad = 0 if good else bad + 1
+        if good:
+            optimizer.step()
+            updates += 1
+        engine.zero_grad()
+        metrics = update_biases(engine.models, world, moving=good and step < cfg.bias_until * cfg.steps)
+        metrics |= {name: nll / max(mass, 1e-20) for name, nll, mass in zip(said, said_sums[::2], said_sums[1::2])}
 
         took = time.perf_counter() - tick
         seconds, recent = seconds + took, (recent + [took])[-50:]
@@ -930,18 +926,24 @@ def train(cfg, typed):
         tok_s = cfg.tokens_per_step / took
         if world.main:
             log.add(step=done, loss=loss, lr=lr, grad_norm=gnorm, tokens=done * cfg.tokens_per_step, tok_per_s=tok_s,
-                    seconds=seconds, **metrics)
+                    seconds=seconds, **metrics, **{} if good else dict(skipped=True))
             if done % cfg.log_every == 0 or last or done == start + 1:
                 typical = sorted(recent)[len(recent) // 2]
                 pauses = 1 + paused / max(1e-9, time.perf_counter() - begun - paused)      # evaluations and saves to come
                 say(metrics_line(done, cfg.steps, loss=loss, lr=lr, gnorm=gnorm, tok_s=cfg.tokens_per_step / typical,
                                  mfu=peak and flops * tok_s / world.size / peak, eta=(cfg.steps - done) * typical * pauses,
                                  mem=torch.cuda.max_memory_allocated() / 1e9 if world.device.type == "cuda" else None))
+        if not good:
+            say(f"step {done}: loss {loss}, gradient norm {gnorm}: not finite on some rank, so no rank moved its weights ({bad} in a row)")
+        if bad >= cfg.max_bad_steps:
+            raise UsageError(f"{bad} steps in a row without a finite loss and gradient; the last checkpoint in {out}/ckpt is good. Begin "
+                             f"anew from it with --init_from={out} and a smaller --lr than {cfg.lr:g}")
         tick = time.perf_counter()
         if done == cfg.steps or cfg.eval_every and done % cfg.eval_every == 0 and not stopping:
-            scores = evaluate(model, loaders["val"], meta, cfg, world, dtype)
+            scores = evaluate(engine, loaders["val"], meta, cfg)
+            whole = engine.on_main()
             if world.main:
-                text = sample_text(model, tok, meta["eot"], "", 1, cfg, world.device, dtype, cfg.seed + done, 100)[0]
+                text = sample_text(whole, tok, meta["eot"], "", 1, cfg, world.device, dtype, cfg.seed + done, 100)[0] if whole else ""
                 log.add(step=done, **scores, seconds=seconds, sample=text)
                 say(eval_lines(done, cfg.steps, scores, metrics, text))
         if last or cfg.save_every and done % cfg.save_every == 0:
@@ -959,19 +961,22 @@ def train(cfg, typed):
         say(f"done in {clock(time.perf_counter() - begun)}: {out}/report.html shows the run; sample with: "
             f"python train.py --out_dir={out} --sample")
     ahead.close()
-    step_fn = None                                               # DDP lets go of the group before the group ends
+    dist.saving()                                                # the last one may still be on its way to the disk
+    engine = None                                                # DDP lets go of the group before the group ends
     dist.shutdown()
 
 
-def start_run_folder(cfg, world, model, tok, start):
-    """Clear a replaced run, write config.json and the tokenizer, open the log."""
+def start_run_folder(cfg, world, engine, tok, start, total):
+    """Clear a replaced run, write config.json and the tokenizer; the main rank's open log."""
     out = Path(cfg.out_dir)
+    here = json.dumps(sum(share.local.numel() for share in engine.shares))
+    local = [json.loads(text) for text in dist.all_texts(world, here)]
+    if not world.main:
+        return None
     if cfg.overwrite:
         for name in OURS[:-1]:                                   # prepared data is named by its content and stays
             shutil.rmtree(out / name, ignore_errors=True) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    total = sum(p.numel() for p in model.parameters())
-    config = dataclasses.asdict(cfg) | dict(n_vocab=tok.n_vocab, layout=dict(dp=world.size), params_total=total,
-                                            params_local=[total] * world.size)
+    config = dataclasses.asdict(cfg) | dict(n_vocab=tok.n_vocab, layout=dist.layout(cfg, world.size), params_total=total, params_local=local)
     tok.save(out / "tokenizer")
     with atomic_write(out / "config.json", "w") as file:
         json.dump(config, file, indent=1)
