@@ -12,7 +12,7 @@ fold the whole past into one matrix that does not grow.
     delta:   y_t = q_t . M_t,                         M_t = alpha_t (I - beta_t k_t k_t^T) M_{t-1} + beta_t k_t v_t^T
                                                                                                          [GDN eq 10]
 
-Contents:    config | positions | sparse patterns | places and masks | cache | softmax attention | MHA, GQA, MQA and windows |
+Contents:    config | positions | sparse patterns | places and masks | cache | softmax attention | context parallel | MHA, GQA, MQA and windows |
              MLA | linear attention | feature maps | fixed decay | delta rule | ATTENTION | demo and bench
              First reading: attend, MHA, MLA, recurrence. What stands before attend says which keys it reads, how far away.
 Shapes:      B batch, T queries, S keys, D n_embd, H heads, G kv heads, K query/key head dim, U value head dim,
@@ -24,7 +24,7 @@ References:
     2004.05150; [BigBird] 2007.14062; [Su] spaces.ac.cn 6853 and 7546; [GQA] 2305.13245; [DSV2] DeepSeek-V2, 2405.04434;
     [Gem2] Gemma 2, 2408.00118; [GptOss] gpt-oss, 2508.10925; [Gate] Gated Attention, 2505.06708; [LinTr] Transformers are RNNs,
     2006.16236; [EffAttn] Efficient Attention, 1812.01243; [LA2] Lightning Attention-2, 2401.04658; [MiniMax] MiniMax-01,
-    2501.08313; [TNL] TransNormerLLM, 2307.14995; [GDN] Gated Delta Networks, 2412.06464; [KDA] Kimi Linear, 2510.26692
+    2501.08313; [Llama3] 2407.21783; [Ulysses] 2309.14509; [Ring] 2310.01889; [Flash2] 2307.08691; [TNL] TransNormerLLM, 2307.14995; [GDN] Gated Delta Networks, 2412.06464; [KDA] Kimi Linear, 2510.26692
 Run me:      python attention.py             (parameters, cost and cache of every variant)
              python attention.py --bench     (plain products beside PyTorch's SDPA, on this device)
 """
@@ -419,7 +419,7 @@ class Pass:
     rel_bias: nn.Module = None               # T5: the table of biases
     dtype: torch.dtype = torch.float32       # of queries and keys
     world: World = World()                   # whose tp shares the heads and whose cp the places of a row; all above is of whole rows
-    cp_mode: str = ""                        # how, a key of CP_MODES; "" where a rank has whole rows
+    cp_mode: str = ""                        # how, a key of MEETINGS; "" where a rank has whole rows
     zigzag: bool = False                     # which places of a row a rank has, as dist.row_places deals them
 
 
@@ -758,7 +758,7 @@ def attend(q_BTHK, k_BSGK, v_BSGU, at, scale, dropout=0.0, softcap=0.0, sinks=No
     the relative positions, ([2c+1, K] for keys, [2c+1, U] for values, index [T, S]). Our kernels where they run, else these
     three need at.stored and take plain products; all else is PyTorch's SDPA, which never stores the scores either. Where
     ranks share the row, --cp_mode brings queries and keys together."""
-    return CP_MODES[at.way](q_BTHK, k_BSGK, v_BSGU, at, scale, dropout, softcap, sinks, shaw)
+    return MEETINGS[at.way](q_BTHK, k_BSGK, v_BSGU, at, scale, dropout, softcap, sinks, shaw)
 
 
 def attend_here(q_BTHK, k_BSGK, v_BSGU, at, scale, dropout=0.0, softcap=0.0, sinks=None, shaw=None):
@@ -895,11 +895,8 @@ def ring(q_BTHK, k_BTGK, v_BTGU, at, scale, dropout, softcap, sinks, shaw):
     return Ring.apply(q_BTHK, k_BTGK, v_BTGU, sinks, at, scale, softcap)
 
 
-CP_MODES = {                       # flag --cp_mode
-    "": attend_here,               # rows are whole
-    "gather": gathered,            # every rank gets all keys
-    "ulysses": ulysses,            # every rank gets all places of some heads
-    "ring": ring,                  # keys go round
+MEETINGS = {                       # dist.CP_MODES; "" where a rank has whole rows
+    "": attend_here, "gather": gathered, "ulysses": ulysses, "ring": ring,
 }
 
 

@@ -1,32 +1,49 @@
 """Dist: how does one program run on many devices, and how does a run survive them?
 
-Data parallel training gives every rank the same weights and its own slice of each batch. One number makes the ranks
-equal to a single device: the loss of a step is a sum over all its tokens, divided by one count,
+A model that is too slow or too large for one device is cut along every axis it has:
 
-    loss = sum_{ranks} sum_{micro-batches} sum_m weight_m nll_m  /  sum_{ranks} sum_{micro-batches} sum_m weight_m
+    data      each rank has rows of its own       gradients are summed                    DDP; fsdp: weights are cut, too
+    tensor    ... a part of every matrix          what sublayers give is summed           X A = [X A1, X A2];  Y B = Y1 B1 + Y2 B2
+    sequence  ... between sublayers, some places  sum = scatter, then gather
+    context   ... places of every row             queries meet the keys of others         gather, Ulysses, ring
+    expert    ... some experts                    tokens travel to them and back          all-to-all
+    pipeline  ... some blocks                     the stream goes on to the next          schedules
 
-so the count is added up over the ranks first, and each rank scales its sum by R / count, because DDP averages gradients
-over its R ranks. A mean of means would weigh a token by the company it happens to keep.              [DDP sec 3.2]
+The layers call the few collectives below, which are the identity where one rank is alone, so model.py reads as if there were one device;
+what all ranks compute together is that one device's step, to rounding. One number makes it so: the loss of a step is a sum over all its
+tokens, divided by one count,
 
-A checkpoint is a folder of plain tensors in the safetensors layout and one JSON manifest with the sha256 of every file,
-written last; the folder gets its name by a rename when all of it is on disk. Nothing is pickled, so opening one runs no
-code, and a half-written or damaged one is recognised and passed over for the one before.
+    loss = sum_{ranks} sum_{micro-batches} sum_m weight_m nll_m  /  sum_{ranks} sum_{micro-batches} sum_m weight_m        [DDP sec 3.2]
 
-Contents:    config | the world | reductions | data parallel | safetensors | checkpoints | demo
+so the count is added up over the ranks first, and gradients are added, not averaged. A mean of means would weigh a token by the company it
+happens to keep.
+
+A checkpoint is a folder of plain tensors in the safetensors layout and one JSON manifest with the sha256 of every file, written last; the
+folder gets its name by a rename when all of it is on disk. Nothing is pickled, so opening one runs no code, and a half-written or damaged
+one is recognised and passed over for the one before.
+
+Contents:    config | the world | reductions | collectives of the layers | cuts and pieces | engines | safetensors | checkpoints | demo and bench
 References:
-    [DDP]    PyTorch Distributed: Experiences on Accelerating Data Parallel Training, arXiv:2006.15704
+    [DDP] 2006.15704; [FSDP] 2304.11277; [Megatron] 1909.08053; [SP] Reducing Activation Recomputation, 2205.05198; [Ulysses] 2309.14509;
+    [Ring] 2310.01889; [Llama3] 2407.21783; [GPipe] 1811.06965; [Megatron2] 2104.04473; [BFS] Breadth-First Pipeline, 2211.05953;
+    [ZB] Zero Bubble Pipeline, 2401.10241; [DSV3] DeepSeek-V3, 2412.19437
 Run me:      python dist.py      (saves a checkpoint, damages it, recovers)
              torchrun --nproc_per_node=2 dist.py      (the same, and a token-weighted mean over two ranks)
 """
 import contextlib
 import datetime
+import errno
 import faulthandler
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import threading
+import time
+import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +69,10 @@ class DistConfig:
     tp: int = 1                    # ranks that share heads, hidden channels and the vocabulary
     sp: bool = True                # with tp, what is between sublayers is cut along the row, not held by all
     pp: int = 1                    # ranks that share the depth
-    pp_schedule: str = "1f1b"      # which micro-batch a pipeline stage works on next, a key of SCHEDULES_PP
+    pp_schedule: str = "1f1b"      # which micro-batch a pipeline stage works on next, a key of PP_SCHEDULES
     microbatches: int = 0          # pp: micro-batches of a step; 0 means two a stage, where rows divide
     cp: int = 1                    # ranks that share each row
-    cp_mode: str = "gather"        # how a query meets the keys of other ranks, a key of attention.py:CP_MODES
+    cp_mode: str = "gather"        # how queries meet the keys of other ranks, a key of CP_MODES
     ep: int = 1                    # ranks that share the experts, taken from dp x cp
     timeout: int = 1800            # seconds after which a rank that waits for another gives up
     deterministic: bool = False    # refuse operations whose result may change from run to run
@@ -63,6 +80,12 @@ class DistConfig:
 
 
 DEVICES = ("auto", "cpu", "cuda")  # flag --device
+
+CP_MODES = {                       # flag --cp_mode
+    "gather": "every rank gets all keys and values of the row",                                                    # [Llama3 sec 3.3.2]
+    "ulysses": "every rank gets the whole row of some heads",                                                      # [Ulysses sec 3.1]
+    "ring": "keys and values go round, so that no rank ever holds all of them",                                    # [Ring sec 3]
+}
 
 
 # ---- The world (who am I among how many?) ----
@@ -234,8 +257,7 @@ def all_texts(world, text):
     longest = int(all_sum(world, sizes.to(world.device)).max())
     mine = torch.zeros(longest, dtype=torch.uint8)
     mine[:len(raw)] = raw
-    every = torch.empty(world.size * longest, dtype=torch.uint8, device=world.device)
-    td.all_gather_into_tensor(every, mine.to(world.device))
+    every = MOVES["gather"](mine.to(world.device), world.rank, world.size, world.name, 0)
     return [bytes(row).rstrip(b"\0").decode() for row in every.view(world.size, longest).tolist()]
 
 
@@ -251,6 +273,22 @@ def agree(world, what, text):
     if apart:
         raise UsageError(f"{what} differ between ranks: rank 0 has {texts[0][:200]}, rank {apart[0]} {texts[apart[0]][:200]}; start all "
                          "ranks with the same command and the same files")
+
+
+def lock(world, folder):
+    """Keep other runs out of `folder` for as long as this process lives and holds on to what is returned. All ranks learn whether the main
+    one could."""
+    refusal, held = "", None
+    if world.main:
+        os.makedirs(folder, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refusal = f"another process is training into {folder}; wait for it, stop it, or choose another --out_dir"
+    if refusal := from_main(world, refusal):
+        raise UsageError(refusal)
+    return held
 
 
 def barrier(world):
@@ -323,7 +361,7 @@ def bounds(n, group):
 
 def row_places(T, cp, zigzag, rank=None):
     """Places of a row that a rank of cp holds [T / cp]: a run of them or, zigzag, a run from its first half and its mirror image from the
-    second, so that under a causal mask all ranks have as much to do.                                     [Ring sec 3.1, LoongTrain]"""
+    second, so that under a causal mask all ranks have as much to do.                                               [Llama3 sec 3.3.2]"""
     rank = cp.rank if rank is None else rank
     if cp.size == 1:
         return torch.arange(T)
@@ -346,7 +384,7 @@ class Exchange(torch.autograd.Function):
 
 
 def swap(x, group, cut, join):
-    """x cut along one dimension and joined along another, part r from and to rank r.                            [Ulysses sec 3]"""
+    """x cut along one dimension and joined along another, part r from and to rank r.                            [Ulysses sec 3.1]"""
     if group.size == 1:
         return x
     parts = torch.stack(x.chunk(group.size, cut)).flatten(0, 1)
@@ -358,15 +396,14 @@ def to_owners(x_VD, count_E, group):
     """Rows sorted by expert, sent to the ranks that own the experts. Returns the rows that came, grouped by sender and in there by expert;
     their counts [senders, own experts]; and the way back for rows in this order."""
     count_NE = count_E.view(group.size, -1)
-    came_NE = torch.empty_like(count_NE)
-    td.all_to_all_single(came_NE, count_NE.contiguous(), group=group.pg)
+    came_NE = funcol.wait_tensor(funcol.all_to_all_single(count_NE.contiguous(), None, None, group.name))
     sent, received = torch.stack([count_NE.sum(1), came_NE.sum(1)]).tolist()
     return Exchange.apply(x_VD, sent, received, group.name), came_NE, lambda y_VD: Exchange.apply(y_VD, received, sent, group.name)
 
 
 def vocab_parallel_cross_entropy(x_MD, w_VD, targets_M, weights_M, bias_V=None, softcap=0.0, z_alpha=0.0, smoothing=0.0, n_vocab=0, tp=ALONE):
     """kernels.linear_cross_entropy where each rank of tp has the head's rows of some ids: (sum of weights * loss, nll [M], detached). A
-    maximum, a sum and the target's logit of every row cross the network, never the logits.          [Megatron sec 3, SP app]"""
+    maximum, a sum and the target's logit of every row cross the network, never the logits.                  [Megatron sec 3]"""
     low, high = bounds(n_vocab, tp)
     total = lambda t: move(t, tp, "sum", "keep")
 
@@ -457,13 +494,13 @@ class Share:
 
 
 PP_SCHEDULES = {                   # flag --pp_schedule: torch's class, stages a rank, and do stages go forth and back over the ranks?
-    "gpipe": ("ScheduleGPipe", 1, False),                        # all forward, then all backward                       [GPipe]
-    "1f1b": ("Schedule1F1B", 1, False),                          # in turn, so that fewer micro-batches are kept        [1F1B]
-    "looped_bfs": ("ScheduleLoopedBFS", 2, False),               # as gpipe, with shorter stages
-    "interleaved": ("ScheduleInterleaved1F1B", 2, False),        # as 1f1b, with shorter stages                      [Megatron2]
-    "interleaved_zb": ("ScheduleInterleavedZeroBubble", 2, False),       # gradients of weights wait for a gap              [ZB]
-    "zbv": ("ScheduleZBVZeroBubble", 2, True),
-    "dualpipev": ("ScheduleDualPipeV", 2, True),                 # forward of one beside backward of another   [DSV3 sec 3.2.1]
+    "gpipe": ("ScheduleGPipe", 1, False),                        # all forward, then all backward                  [GPipe sec 2]
+    "1f1b": ("Schedule1F1B", 1, False),                          # in turn, so that fewer micro-batches are kept   [Megatron2 sec 2.2]
+    "looped_bfs": ("ScheduleLoopedBFS", 2, False),               # as gpipe, with shorter stages                   [BFS sec 3]
+    "interleaved": ("ScheduleInterleaved1F1B", 2, False),        # as 1f1b, with shorter stages                    [Megatron2 sec 2.2]
+    "interleaved_zb": ("ScheduleInterleavedZeroBubble", 2, False),       # gradients of weights wait for a gap             [ZB sec 2]
+    "zbv": ("ScheduleZBVZeroBubble", 2, True),                   # the same, forth and back                        [ZB sec 6]
+    "dualpipev": ("ScheduleDualPipeV", 2, True),                 # forward of one beside backward of another       [DSV3 sec 3.2.1]
 }
 
 
@@ -821,24 +858,148 @@ def read_safetensors(path):
 
 # ---- Checkpoints (a folder that is either whole or not there) ----
 
-def save_checkpoint(folder, step, tensors, state, keep=2):
-    """Write folder/step_XXXXXXXX (tensors.safetensors, manifest.json) and point folder/latest at it.
+# folder/step_00000250/  shard_00000.safetensors ...   what each rank writes: of every tensor some boxes, each held by one rank
+#                        manifest.json                 where every box of every tensor lies, sha256 and size of all files, the state
+# Ranks write without waiting for each other into a folder .saving-...; who is done says so in a file of its own, and the main rank makes
+# the manifest of these, syncs, and renames the folder. So it may as well happen in a thread, while training goes on. All ranks see one
+# file system. Reading intersects the boxes that were saved with those wanted, so any layout reads what any other wrote.
 
-    tensors: {global name: tensor}; state: JSON (step, data position, configuration). The new folder is complete and
-    synced before its rename and before any older one is deleted; `keep` of them stay. OSError (a full disk) leaves
-    everything as it was."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"step_{step:08d}"
-    for stale in folder.glob(".saving-*"):                       # left by a process that was killed while saving
-        shutil.rmtree(stale, ignore_errors=True)
-    temp = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+@dataclass
+class Held:
+    """What a rank holds of one tensor: whole[place : place + size] is local[offset : offset + size], for every piece."""
+    local: torch.Tensor
+    shape: tuple                   # of the whole
+    pieces: list                   # [(place, offset, size)], a number for every dimension each
+    writes: bool = True            # exactly one of the ranks that hold the same pieces saves them
+
+    @classmethod
+    def whole(cls, tensor, writes=True):
+        zeros = (0,) * tensor.ndim
+        return cls(tensor, tuple(tensor.shape), [(zeros, zeros, tuple(tensor.shape))], writes)
+
+
+def box(start, size):
+    return tuple(slice(a, a + n) for a, n in zip(start, size))
+
+
+ATTEMPT = dict(pid=0, run="", number=0)      # names of the folders being written: all ranks count alike
+WRITING = dict(thread=None, errors=[])       # the save that is on its way in the background
+KEPT = {}                                    # memory of the copies it writes, used again by the next
+
+
+def save_checkpoint(folder, step, held, state, keep=2, world=World(), background=False, wait=600):
+    """Write folder/step_XXXXXXXX and point folder/latest at it; `keep` of the newest stay. Every rank calls it, with what it holds:
+    {name: Held, or a whole tensor that the main rank has}, and the same JSON state.
+
+    The new folder is complete and synced before its rename and before any older one is deleted. OSError on all ranks, with everything as
+    it was, if one of them could not write (a full disk) or was not done in `wait` seconds. background: returns once the tensors are copied;
+    an error comes with the next save, or saving()."""
+    saving(world)
+    folder, held = Path(folder), {name: one if isinstance(one, Held) else Held.whole(one, world.main) for name, one in held.items()}
+    if ATTEMPT["pid"] != os.getpid():
+        ATTEMPT.update(pid=os.getpid(), run=from_main(world, uuid.uuid4().hex[:12]), number=0)
+    ATTEMPT["number"] += 1
+    temp = folder / f".saving-{ATTEMPT['run']}-{ATTEMPT['number']}"
+    tensors, table = {}, {}
+    for name, one in held.items():
+        for number, (place, offset, size) in enumerate(one.pieces if one.writes else []):
+            key, part = f"{name}#{number}" if len(one.pieces) > 1 else name, one.local.detach()[box(offset, size)]
+            tensors[key] = copied(key, part) if background else part
+            table.setdefault(name, dict(dtype=SAFE[part.dtype], shape=list(one.shape), pieces=[]))["pieces"].append(
+                dict(file=f"shard_{world.rank:05d}.safetensors", key=key, place=list(place), size=list(size)))
+
+    def work():
+        write_shard(temp, world, tensors, table)
+        if world.main:
+            publish(folder, temp, step, world, state, keep, wait)
+
+    if background:
+        def quietly():
+            try:
+                work()
+            except OSError as error:
+                WRITING["errors"].append(error)
+        WRITING["thread"] = threading.Thread(target=quietly, name="checkpoint")
+        WRITING["thread"].start()
+    else:
+        agreed(world, work)
+
+
+def copied(key, tensor):
+    """A copy in memory of the CPU, which later copies under the same key reuse."""
+    buffer = KEPT.get(key)
+    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+        buffer = KEPT[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return buffer.copy_(tensor)
+
+
+def agreed(world, work):
+    """Do it; OSError on every rank if it could not be done on one."""
+    fault = ""
     try:
-        digest = write_safetensors(temp / "tensors.safetensors", tensors)
-        table = {key: dict(file="tensors.safetensors", dtype=SAFE[t.dtype], shape=list(t.shape)) for key, t in tensors.items()}
-        manifest = dict(format=1, step=step, files={"tensors.safetensors": digest}, tensors=table, state=state)
+        work()
+    except OSError as error:
+        fault = error.strerror or str(error)
+    if fault := next(filter(None, all_texts(world, fault)), ""):
+        raise OSError(errno.EIO, fault)
+
+
+def saving(world=World()):
+    """Wait for a save in the background. All ranks call it together, and OSError comes on all."""
+    if WRITING["thread"] is not None:
+        WRITING["thread"].join()
+        WRITING["thread"], errors = None, WRITING["errors"][:]
+        WRITING["errors"].clear()
+
+        def work():
+            if errors:
+                raise errors[0]
+        agreed(world, work)
+
+
+def write_shard(temp, world, tensors, table):
+    """This rank's file and, when that is on the disk, the note that says so; or one that says that it failed."""
+    temp.mkdir(parents=True, exist_ok=True)
+    name = f"shard_{world.rank:05d}"
+    try:
+        files = {}
+        if tensors:
+            digest = write_safetensors(temp / f"{name}.safetensors", tensors)
+            files = {f"{name}.safetensors": dict(sha256=digest, bytes=os.path.getsize(temp / f"{name}.safetensors"))}
+        with atomic_write(temp / f"{name}.json", "w") as file:
+            json.dump(dict(files=files, tensors=table), file)
+    except OSError:
+        with contextlib.suppress(OSError):                       # a full disk may still take an empty file; else the main rank waits in vain
+            (temp / f"{name}.failed").touch()
+        raise
+
+
+def publish(folder, temp, step, world, state, keep, wait):
+    """The main rank's part: the manifest of all shards, the rename, and the end of older checkpoints."""
+    try:
+        for stale in folder.glob(".saving-*"):                   # of processes that were killed while saving
+            if stale != temp:
+                shutil.rmtree(stale, ignore_errors=True)
+        notes, deadline = [temp / f"shard_{rank:05d}.json" for rank in range(world.size)], time.monotonic() + wait
+        while not all(note.exists() for note in notes):
+            if failed := next(temp.glob("*.failed"), None):
+                raise OSError(errno.EIO, f"{failed.stem} could not be written")
+            if time.monotonic() > deadline:
+                missing = [note.stem for note in notes if not note.exists()]
+                raise OSError(errno.ETIMEDOUT, f"{', '.join(missing[:4])} not written within {wait} s")
+            time.sleep(0.01)
+        files, table = {}, {}
+        for note in notes:
+            one = json.loads(note.read_text())
+            files |= one["files"]
+            for name, entry in one["tensors"].items():
+                table.setdefault(name, entry | dict(pieces=[]))["pieces"] += entry["pieces"]
+        manifest = dict(format=2, step=step, files=files, tensors=table, state=state)
         with atomic_write(temp / "manifest.json", "w") as file:
             json.dump(manifest | {"sha256": _own_hash(manifest)}, file)
+        for note in notes:
+            note.unlink()
+        name = f"step_{step:08d}"
         if (folder / name).exists():                             # a damaged one of this step, passed over when resuming
             _discard(folder / name)
         os.rename(temp, folder / name)
@@ -876,39 +1037,110 @@ def checkpoints(folder):
     return sorted(p for p in Path(folder).glob("step_*") if p.is_dir())
 
 
-def read_checkpoint(path):
-    """(tensors, state, step) of one checkpoint folder, every byte checked against the manifest's sha256."""
+def read_manifest(path):
+    """manifest.json of one checkpoint, whose every claim fits the others: it is whole, it names files inside its folder alone, and the pieces
+    of every tensor lie in it, apart from each other, and fill it."""
     path = Path(path)
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files, step, state, table = (manifest[key] for key in ("files", "step", "state", "tensors"))
         if manifest["sha256"] != _own_hash(manifest):
             raise ValueError("its own sha256 does not match: it was changed or damaged")
-    except (OSError, ValueError, KeyError) as error:
+        if manifest["format"] != 2:
+            raise ValueError(f"format {manifest['format']} is not known")
+        for name in manifest["files"]:
+            if Path(name).name != name or name in (".", ".."):
+                raise ValueError(f"it names a file outside its folder: {name!r}")
+        for name, entry in manifest["tensors"].items():
+            boxes = [[(a, a + n) for a, n in zip(piece["place"], piece["size"], strict=True)] for piece in entry["pieces"]]
+            inside = all(0 <= a <= b <= n for one in boxes for (a, b), n in zip(one, entry["shape"], strict=True))
+            apart = all(overlap(one, other) is None for i, one in enumerate(boxes) for other in boxes[:i])
+            filled = sum(math.prod(b - a for a, b in one) for one in boxes) == math.prod(entry["shape"])
+            if entry["dtype"] not in SAFE_TYPES or not (inside and apart and filled) or any(p["file"] not in manifest["files"] for p in entry["pieces"]):
+                raise ValueError(f"the pieces of tensor {name} do not make it up")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: no whole manifest.json ({type(error).__name__}: {error})") from None
-    tensors = {}
-    for name, want in files.items():
-        if Path(name).name != name:
-            raise UsageError(f"{path}: the manifest names a file outside its folder: {name!r}")
-        try:
-            have = file_hash(path / name)
-        except OSError as error:
-            raise UsageError(f"{path / name}: {error.strerror}") from None
-        if have != want:
-            raise UsageError(f"{path / name} is damaged: sha256 {have[:12]}..., the manifest says {want[:12]}...")
-        tensors |= read_safetensors(path / name)
-    if set(tensors) != set(table):
-        raise UsageError(f"{path}: the manifest and the file name different tensors")
-    return tensors, state, step
+    return manifest
 
 
-def newest_checkpoint(folder, say=print):
-    """read_checkpoint of the newest good one under `folder`, or None where there is none at all. Damaged ones are named
-    and passed over; damaged ones only is an error: a run must never begin again from nothing by itself."""
-    found = checkpoints(folder)
+def overlap(one, other):
+    """The box that two boxes share, or None."""
+    shared = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other)]
+    return None if any(a >= b for a, b in shared) else shared
+
+
+class Saved:
+    """A checkpoint whose files are as its manifest says. Tensors are read when they are asked for."""
+
+    def __init__(self, path, manifest):
+        self.path, self.step, self.state, self.table, self.read = Path(path), manifest["step"], manifest["state"], manifest["tensors"], {}
+
+    def piece(self, name, piece):
+        """The saved tensor behind one piece, over a memory map."""
+        if piece["file"] not in self.read:
+            self.read[piece["file"]] = read_safetensors(self.path / piece["file"])
+        tensor = self.read[piece["file"]].get(piece["key"])
+        if tensor is None or list(tensor.shape) != piece["size"] or SAFE[tensor.dtype] != self.table[name]["dtype"]:
+            raise UsageError(f"{self.path}: {piece['file']} does not hold what the manifest says of {name}; it belongs to another checkpoint")
+        return tensor
+
+    def whole(self, name):
+        entry = self.table[name]
+        if len(entry["pieces"]) == 1:
+            return self.piece(name, entry["pieces"][0])
+        tensor = torch.empty(entry["shape"], dtype=SAFE_TYPES[entry["dtype"]])
+        self.fill(name, Held.whole(tensor))
+        return tensor
+
+    @torch.no_grad()
+    def fill(self, name, held):
+        """Copy what was saved of a tensor into what this rank holds of it."""
+        if name not in self.table:
+            raise UsageError(f"the checkpoint {self.path} lacks {name}; it belongs to another model")
+        entry = self.table[name]
+        if entry["shape"] != list(held.shape):
+            raise UsageError(f"{name} is {entry['shape']} in the checkpoint {self.path} and {list(held.shape)} here; it belongs to another model")
+        for piece in entry["pieces"]:
+            there = [(a, a + n) for a, n in zip(piece["place"], piece["size"])]
+            for place, offset, size in held.pieces:
+                shared = overlap(there, [(a, a + n) for a, n in zip(place, size)])
+                if shared is not None:
+                    source = self.piece(name, piece)[tuple(slice(a - p, b - p) for (a, b), p in zip(shared, piece["place"]))]
+                    held.local[tuple(slice(a - p + o, b - p + o) for (a, b), p, o in zip(shared, place, offset))] = source.to(held.local.device)
+
+
+def open_checkpoint(path, world=World()):
+    """Saved, every byte of it checked against the manifest: each file by one rank, and all ranks come to the same verdict."""
+    fault = ""
+    try:
+        manifest = read_manifest(path)
+        for name, want in list(manifest["files"].items())[world.rank::world.size]:
+            check_file(Path(path) / name, want)
+    except UsageError as error:
+        fault = str(error)
+    if fault := next(filter(None, all_texts(world, fault)), ""):
+        raise UsageError(fault)
+    return Saved(path, manifest)
+
+
+def check_file(path, want):
+    try:
+        size = os.path.getsize(path)
+        have = file_hash(path) if size == want["bytes"] else ""
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    if size != want["bytes"]:
+        raise UsageError(f"{path} is damaged: it has {size:,} bytes, the manifest says {want['bytes']:,}")
+    if have != want["sha256"]:
+        raise UsageError(f"{path} is damaged: sha256 {have[:12]}..., the manifest says {want['sha256'][:12]}...")
+
+
+def newest_checkpoint(folder, say=print, world=World()):
+    """open_checkpoint of the newest good one under `folder`, or None where there is none at all. Damaged ones are named and passed over;
+    damaged ones only is an error: a run must never begin again from nothing by itself."""
+    found = [Path(folder) / name for name in json.loads(from_main(world, json.dumps([path.name for path in checkpoints(folder)])))]
     for path in reversed(found):
         try:
-            return read_checkpoint(path)
+            return open_checkpoint(path, world)
         except UsageError as error:
             say(f"checkpoint passed over: {error}")
     if found:
@@ -916,11 +1148,9 @@ def newest_checkpoint(folder, say=print):
     return None
 
 
-# ---- Demo ----
+# ---- Demo and bench ----
 
-def demo(argv):
-    if argv:
-        raise UsageError(f"dist.py takes no arguments, not {' '.join(argv)}")
+def demo():
     world = init(DistConfig())
     nll = torch.arange(1.0, 4.0, device=world.device) + 10 * world.rank          # ranks hold 3 tokens, then 3 and 1, ...
     weight = torch.ones(3, device=world.device)
@@ -929,20 +1159,59 @@ def demo(argv):
     means = all_sum(world, ((nll * weight).sum() / weight.sum()).clone()) / world.size
     world.print(f"{world.size} rank(s) on {world.device.type}: token-weighted mean {sums[0] / sums[1]:.4f}, mean of means {means:.4f}"
                 + (" (the same: start two ranks with torchrun to see them part)" if world.size == 1 else ""))
+    folder = from_main(world, tempfile.mkdtemp() if world.main else "")
+    low, high = bounds(6, world)
+    for step in (10, 20):                                        # every rank writes its rows of w
+        w = Held(torch.full((high - low, 3), float(step)), (6, 3), [((low, 0), (0, 0), (high - low, 3))])
+        save_checkpoint(folder, step, {"w": w, "bias": torch.zeros(3).bfloat16()}, {"next_sample": step * 8}, world=world)
+    newest = checkpoints(folder)[-1]
+    world.print("saved:", *(p.name for p in checkpoints(folder)), "| latest holds:", *sorted(p.name for p in newest.iterdir()))
     if world.main:
-        with tempfile.TemporaryDirectory() as folder:
-            for step in (10, 20):
-                save_checkpoint(folder, step, {"w": torch.full((2, 3), float(step)), "bias": torch.zeros(3).bfloat16()}, {"next_sample": step * 8})
-            print("saved:", *(p.name for p in checkpoints(folder)), "| latest:", Path(folder, "latest").read_text())
-            victim = Path(folder, "step_00000020", "tensors.safetensors")
-            raw = bytearray(victim.read_bytes())
-            raw[-1] ^= 1
-            victim.write_bytes(raw)
-            tensors, state, step = newest_checkpoint(folder, say=lambda text: print("one bit flipped ->", text.replace(folder, "ckpt")))
-            print(f"resumed from step {step}: w = {tensors['w'][0].tolist()}, state = {state}")
+        victim = newest / "shard_00000.safetensors"
+        raw = bytearray(victim.read_bytes())
+        raw[-1] ^= 1
+        victim.write_bytes(raw)
     barrier(world)
+    saved = newest_checkpoint(folder, lambda text: world.print("one bit flipped ->", text.replace(folder, "ckpt")), world)
+    world.print(f"resumed from step {saved.step}: w = {saved.whole('w')[0].tolist()} of {saved.whole('w').shape[0]} rows, state = {saved.state}")
+    barrier(world)
+    if world.main:
+        shutil.rmtree(folder)
     shutdown()
 
 
+def bench(megabytes=200, rounds=5):
+    """A checkpoint with its hashes beside torch.save, both synced to the disk, in turn."""
+    tensors = {f"w{i}": torch.randn(1 << 18) for i in range(megabytes)}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        def plain():
+            with atomic_write(Path(folder, "plain.pt")) as file:
+                torch.save(tensors, file)
+
+        def timed(f):
+            start = time.perf_counter()
+            f()
+            return time.perf_counter() - start
+
+        ours = lambda background: lambda: save_checkpoint(Path(folder, "ours"), 1, tensors, {}, background=background)
+        times = {"torch.save": [], "checkpoint": [], "stall in the background": []}
+        for _ in range(rounds + 1):
+            times["torch.save"].append(timed(plain))
+            times["checkpoint"].append(timed(ours(False)))
+            times["stall in the background"].append(timed(ours(True)))
+            saving()
+        for name, taken in times.items():
+            middle = sorted(taken[1:])[rounds // 2]
+            times[name] = middle
+            print(f"{name:24s} {middle * 1e3:8.1f} ms   {middle / times['torch.save']:.2f}x torch.save   {megabytes / middle:6.0f} MB/s", flush=True)
+        print(f"stall: {times['stall in the background'] / times['checkpoint']:.0%} of a checkpoint in the foreground")
+
+
+def main(argv):
+    if argv not in ([], ["--bench"]):
+        raise UsageError(f"dist.py takes --bench or nothing, not {' '.join(argv)}")
+    bench() if argv else demo()
+
+
 if __name__ == "__main__":
-    run_cli(demo)
+    run_cli(main)

@@ -12,14 +12,14 @@ computed from the token alone. Everything that differs between GPT-2, BERT, T5, 
     and in general, for each of the two:   x = after( alpha x + beta post( f( pre(x) ) ) )                   (--norm_at)
 
 Contents:    config and presets | norms | activation checkpointing | activations and MLP | block | multi-token prediction | initial weights |
-             generation | Model | sizes | drawing | Hugging Face folders | demo and command line
+             generation | sharing | Model | sizes | drawing | Hugging Face folders | demo and command line
 Shapes:      B batch, T queries, S source tokens, D n_embd, F d_ff, V vocab, M rows (B T flattened)
 References:
     [GPT2]   Language Models are Unsupervised Multitask Learners, OpenAI 2019
     [GELU] 1606.08415; [GLU] GLU Variants Improve Transformer, 2002.05202; [Swish] 1710.05941; [Mish] 1908.08681;
     [Primer] 2109.08668; [LN] Layer Normalization, 1607.06450; [RMS] RMSNorm, 1910.07467; [GN] Group Normalization, 1803.08494;
     [TNL] TransNormerLLM, 2307.14995; [DeepNet] 2203.00555; [GLM130B] 2210.02414; [CTRL] 1909.05858; [PaLM] 2204.02311;
-    [DSV3] DeepSeek-V3 Technical Report, 2412.19437; [Spec] Speculative Decoding, 2211.17192; [Upcycle] 2212.05055;
+    [DSV3] DeepSeek-V3 Technical Report, 2412.19437; [Megatron] 1909.08053; [Spec] Speculative Decoding, 2211.17192; [Upcycle] 2212.05055;
     [Sublinear] Training Deep Nets with Sublinear Memory Cost, 1604.06174; [Recompute] Reducing Activation Recomputation, 2205.05198
 Run me:      python model.py                               (presets and a first generation)
              python model.py --describe --preset=llama     (what it costs; any flags, or a Hugging Face folder)
@@ -2297,12 +2297,11 @@ def _read_folder(path):
 
 
 def _from_checkpoint(path, device, dtype):
-    found = dist.read_checkpoint(path) if (path / "manifest.json").is_file() else dist.newest_checkpoint(path / "ckpt")
-    if found is None:
+    saved = dist.open_checkpoint(path) if (path / "manifest.json").is_file() else dist.newest_checkpoint(path / "ckpt")
+    if saved is None:
         raise UsageError(f"{path}/ckpt holds no checkpoint yet; train for at least --save_every steps first")
-    tensors, state, _ = found
-    cfg = ModelConfig(**{key: value for key, value in state["config"].items() if key in ModelConfig.__dataclass_fields__})
-    own = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    cfg = ModelConfig(**{key: value for key, value in saved.state["config"].items() if key in ModelConfig.__dataclass_fields__})
+    own = {name.removeprefix("model."): saved.whole(name) for name in saved.table if name.startswith("model.")}
     if cfg.tie_embeddings:
         own.pop("head.weight", None)
     return _fill(cfg, own, path, device, dtype)

@@ -289,13 +289,15 @@ def settle_config(typed):
     preset = typed.get("preset", "")
     given = PRESETS.get(preset, {}) | SIZES.get(typed.get("size"), {}) | typed
     cfg = TrainConfig(**given)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):   # torchrun --max_restarts starts the same command again
+        cfg.resume, cfg.overwrite = cfg.resume or "latest", False
     saved = read_run(cfg.out_dir) if not cfg.overwrite else None
     if cfg.resume and cfg.resume != "latest":
         path = Path(cfg.resume)
         if not (path / "manifest.json").is_file():
             raise UsageError(f"--resume={path} is not a checkpoint (no manifest.json); give a folder such as "
                              f"{cfg.out_dir}/ckpt/step_00000250, or bare --resume for the newest")
-        saved = saved or dist.read_checkpoint(path)[1]["config"]
+        saved = saved or dist.read_manifest(path)["state"]["config"]
     if cfg.resume and cfg.overwrite:
         raise UsageError("--resume goes on with a run and --overwrite deletes it; give one of them")
     for name in ("init_from", "grow_from"):
@@ -882,7 +884,7 @@ def train(cfg, typed):
         say(f"the run is complete: step {start} of {cfg.steps}; give a larger --steps to go on")
         engine = None
         return dist.shutdown()
-    log = start_run_folder(cfg, world, engine, tok, start, total)
+    lock, log = dist.lock(world, out), start_run_folder(cfg, world, engine, tok, start, total)
 
     stop, seconds, recent, paused, begun = listen_for_stop(), state["seconds"] if state else 0.0, [], 0.0, time.perf_counter()
     updates, bad = state["updates"] if state else 0, 0
@@ -964,6 +966,8 @@ def train(cfg, typed):
     dist.saving()                                                # the last one may still be on its way to the disk
     engine = None                                                # DDP lets go of the group before the group ends
     dist.shutdown()
+    if lock is not None:
+        os.close(lock)
 
 
 def start_run_folder(cfg, world, engine, tok, start, total):

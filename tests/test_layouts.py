@@ -1,6 +1,8 @@
 """Every layout trains as one process does: five steps of AdamW in float32, losses within 5e-6 and, at the first step, the gradient of
 every parameter within 1e-5 of its largest entry."""
+import functools
 import math
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import dist
 from conftest import launch
 from model import Model
 from moe import update_biases
-from train import TrainConfig, learning_rate
+from train import TrainConfig, compile_blocks, learning_rate
 
 TINY = dict(n_layer=4, n_embd=32, n_head=4, seq_len=32, vocab_size=61, micro_batch=2, device="cpu", d_ff=48)
 MODELS = {
@@ -42,7 +44,12 @@ def batches_of(cfg, step):
 def run(cfg, home=None):
     """Train in this process's world; rank 0 writes {losses, gradients of step one} to `home`, or returns them."""
     world = dist.init(cfg)
-    engine = dist.Engine(Model(cfg), world, cfg)
+    model = Model(cfg)
+    if cfg.compile:                                              # what inductor would be given, without its minutes
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+            compile_blocks(model, cfg, world)
+    engine = dist.Engine(model, world, cfg)
     engine.train()
     optimizer = torch.optim.AdamW([share.local for share in engine.shares], lr=1e-2, fused=True)
     losses, grads = [], {}
@@ -132,3 +139,21 @@ def ranks_of(layout):
 @pytest.mark.parametrize("name, layout", LAYOUTS, ids=lambda x: "-".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else x)
 def test_a_layout_trains_as_one_process(name, layout):
     check(name, layout, ranks_of(layout))
+
+
+COMPILED = [("dense", dict(dp=2)), ("dense", dict(fsdp=3, dp=2)), ("dense", dict(tp=2)), ("dense", dict(tp=2, sp=False)), ("dense", dict(fsdp=3, dp=2, tp=2)),
+            ("dense", dict(cp=2)), ("dense", dict(cp=2, cp_mode="ulysses")), ("dense", dict(cp=2, cp_mode="ring")), ("dense", dict(pp=2)),
+            ("moe", dict(dp=2, ep=2)), ("lightning", dict(cp=2))]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="--compile wants a C++ compiler")
+@pytest.mark.parametrize("name, layout", COMPILED, ids=lambda x: "-".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else x)
+def test_a_compiled_layout_trains_as_one_eager_process(name, layout):
+    check(name, layout | dict(compile=True), ranks_of(layout))
+
+
+@pytest.mark.slow
+def test_four_axes_on_sixteen_ranks():
+    check("dense", dict(pp=2, dp=2, fsdp=3, cp=2, tp=2), 16)
+    check("mla_moe", dict(pp=2, dp=2, ep=4, cp=2, tp=2), 16)
