@@ -909,9 +909,13 @@ def save_checkpoint(folder, step, held, state, keep=2, world=World(), background
                 dict(file=f"shard_{world.rank:05d}.safetensors", key=key, place=list(place), size=list(size)))
 
     def work():
-        write_shard(temp, world, tensors, table)
-        if world.main:
-            publish(folder, temp, step, world, state, keep, wait)
+        try:
+            write_shard(temp, world, tensors, table)
+            if world.main:
+                publish(folder, temp, step, world, state, keep, wait)
+        finally:
+            if world.main:
+                shutil.rmtree(temp, ignore_errors=True)
 
     if background:
         def quietly():
@@ -976,36 +980,33 @@ def write_shard(temp, world, tensors, table):
 
 def publish(folder, temp, step, world, state, keep, wait):
     """The main rank's part: the manifest of all shards, the rename, and the end of older checkpoints."""
-    try:
-        for stale in folder.glob(".saving-*"):                   # of processes that were killed while saving
-            if stale != temp:
-                shutil.rmtree(stale, ignore_errors=True)
-        notes, deadline = [temp / f"shard_{rank:05d}.json" for rank in range(world.size)], time.monotonic() + wait
-        while not all(note.exists() for note in notes):
-            if failed := next(temp.glob("*.failed"), None):
-                raise OSError(errno.EIO, f"{failed.stem} could not be written")
-            if time.monotonic() > deadline:
-                missing = [note.stem for note in notes if not note.exists()]
-                raise OSError(errno.ETIMEDOUT, f"{', '.join(missing[:4])} not written within {wait} s")
-            time.sleep(0.01)
-        files, table = {}, {}
-        for note in notes:
-            one = json.loads(note.read_text())
-            files |= one["files"]
-            for name, entry in one["tensors"].items():
-                table.setdefault(name, entry | dict(pieces=[]))["pieces"] += entry["pieces"]
-        manifest = dict(format=2, step=step, files=files, tensors=table, state=state)
-        with atomic_write(temp / "manifest.json", "w") as file:
-            json.dump(manifest | {"sha256": _own_hash(manifest)}, file)
-        for note in notes:
-            note.unlink()
-        name = f"step_{step:08d}"
-        if (folder / name).exists():                             # a damaged one of this step, passed over when resuming
-            _discard(folder / name)
-        os.rename(temp, folder / name)
-        sync_folder(folder)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+    for stale in folder.glob(".saving-*"):                   # of processes that were killed while saving
+        if stale != temp:
+            shutil.rmtree(stale, ignore_errors=True)
+    notes, deadline = [temp / f"shard_{rank:05d}.json" for rank in range(world.size)], time.monotonic() + wait
+    while not all(note.exists() for note in notes):
+        if failed := next(temp.glob("*.failed"), None):
+            raise OSError(errno.EIO, f"{failed.stem} could not be written")
+        if time.monotonic() > deadline:
+            missing = [note.stem for note in notes if not note.exists()]
+            raise OSError(errno.ETIMEDOUT, f"{', '.join(missing[:4])} not written within {wait} s")
+        time.sleep(0.01)
+    files, table = {}, {}
+    for note in notes:
+        one = json.loads(note.read_text())
+        files |= one["files"]
+        for name, entry in one["tensors"].items():
+            table.setdefault(name, entry | dict(pieces=[]))["pieces"] += entry["pieces"]
+    manifest = dict(format=2, step=step, files=files, tensors=table, state=state)
+    with atomic_write(temp / "manifest.json", "w") as file:
+        json.dump(manifest | {"sha256": _own_hash(manifest)}, file)
+    for note in notes:
+        note.unlink()
+    name = f"step_{step:08d}"
+    if (folder / name).exists():                             # a damaged one of this step, passed over when resuming
+        _discard(folder / name)
+    os.rename(temp, folder / name)
+    sync_folder(folder)
     with atomic_write(folder / "latest", "w") as file:
         file.write(name)
     for old in checkpoints(folder)[:-keep]:

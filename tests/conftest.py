@@ -22,6 +22,7 @@ FILES = ["tokenizer", "data", "kernels", "dist", "attention", "moe", "model", "t
 def pytest_configure(config):
     config.addinivalue_line("markers", "peer: compares with software we did not write (pip install -r .ci/peers.txt)")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: minutes; runs when asked for by -m")
 
 
 def pytest_collection_modifyitems(items):
@@ -101,13 +102,18 @@ def wait(pid, timeout=120):
     raise TimeoutError(f"child {pid} was still running after {timeout} s")
 
 
-def launch(body, ranks):
-    """Run body() in `ranks` processes that find each other as torchrun's do; returns their exit codes."""
+def together(body, ranks):
+    """Run body() in `ranks` processes that find each other as torchrun's do; returns their pids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return [wait(pid) for pid in [fork(body, common | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(ranks)]]
+    return [fork(body, common | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(ranks)]
+
+
+def launch(body, ranks):
+    """The same; returns their exit codes."""
+    return [wait(pid) for pid in together(body, ranks)]
 
 
 # ---- Tiny text and tiny runs ----

@@ -80,7 +80,7 @@ def test_only_matrices_decay():
     from model import Model
     cfg = train.TrainConfig(n_layer=1, n_embd=16, n_head=2, vocab_size=9, moe=True, n_dense_layer=0, qkv_bias=True)
     model = Model(cfg)
-    matrices, vectors = train.adamw(model, cfg).param_groups
+    matrices, vectors = train.adamw(model.named_parameters(), cfg).param_groups
     assert {p.ndim for p in matrices["params"]} == {2, 3} and {p.ndim for p in vectors["params"]} == {1}
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
@@ -493,7 +493,7 @@ def test_bench_names_its_conventions_and_where_the_step_goes(few_samples, capsys
 
 def test_every_class_of_op_has_its_share_of_a_step():
     model = train.Model(train.ModelConfig(vocab_size=65, n_layer=2, n_embd=32, n_head=2, seq_len=64))
-    optimizer, ids = train.adamw(model, train.TrainConfig()), torch.randint(65, (2, 65))
+    optimizer, ids = train.adamw(model.named_parameters(), train.TrainConfig()), torch.randint(65, (2, 65))
 
     def step():
         model.loss(dict(tokens=ids[:, :-1], targets=ids[:, 1:], weights=torch.ones(2, 64)))[0].backward()

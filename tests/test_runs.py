@@ -1,0 +1,207 @@
+"""Runs on many ranks survive: killed, stopped, hung, resumed on another layout."""
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dist
+import train
+from conftest import ROOT, fork, launch, run_train, together, wait
+from test_layouts import ranks_of
+from test_train import assert_same_bits, elsewhere, final, losses_of, out_of, rows_of
+from tokenizer import UsageError
+
+LAYOUTS = {"1": {}, "dp2": dict(dp=2), "dp3": dict(dp=3), "fsdp4": dict(dp=4, fsdp=3), "tp2": dict(tp=2), "pp2": dict(pp=2), "ep2": dict(dp=2, ep=2),
+           "cp2": dict(cp=2), "2x2": dict(dp=2, fsdp=3, tp=2), "2x2x2": dict(pp=2, dp=2, tp=2, fsdp=2)}
+
+
+@pytest.fixture
+def mixed(tiny):
+    """Flags of a run that every layout above can do: experts, shared keys, MTP, rows that 1, 2, 3 and 4 divide."""
+    changed = ("--tokens_per_step", "--n_layer", "--n_head", "--save_every", "--eval_every", "--steps")
+    return [f for f in tiny if not f.startswith(changed)] + ["--tokens_per_step=768", "--n_layer=4", "--n_head=4", "--attn=gqa", "--n_kv_head=2", "--moe",
+                                                             "--n_expert=4", "--mtp=1", "--d_ff=32", "--save_every=2", "--eval_every=0", "--steps=20", "--keep=99"]
+
+
+def go(flags, layout, **env):
+    """One command on as many ranks as its layout has."""
+    ranks = ranks_of(layout)
+    said = launch(lambda: (os.environ.update(env), run_train(*flags, *(f"--{name}={value}" for name, value in layout.items()))), ranks)
+    assert said == [0] * ranks
+
+
+def test_a_run_goes_on_from_layout_to_layout(mixed, tmp_path):
+    """Two steps on each, from what the one before saved: the losses of a single process all the way."""
+    layouts, flags = [*LAYOUTS.values()], [*mixed, "--schedule=constant"]
+    go([*elsewhere(flags, tmp_path / "one"), f"--steps={2 * len(layouts)}"], {})
+    for i, layout in enumerate(layouts):
+        go([*elsewhere(flags, tmp_path / "chain"), f"--steps={2 * i + 2}", *["--resume"] * (i > 0)], layout)
+    one, chain = losses_of(tmp_path / "one"), losses_of(tmp_path / "chain")
+    assert chain.keys() == one.keys() and max(abs(one[step] - chain[step]) for step in one) < 5e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_any_layout_reads_what_any_other_wrote(source, mixed, tmp_path):
+    go([*elsewhere(mixed, tmp_path / "one"), "--steps=6"], {})
+    one = losses_of(tmp_path / "one")
+    go([*elsewhere(mixed, tmp_path / "from"), "--steps=6"], LAYOUTS[source])
+    shutil.rmtree(tmp_path / "from/ckpt/step_00000006")
+    for target, layout in LAYOUTS.items():
+        shutil.copytree(tmp_path / "from", tmp_path / target)
+        go([f"--out_dir={tmp_path}/{target}", "--resume"], layout)
+        theirs = losses_of(tmp_path / target)
+        assert theirs.keys() == one.keys() and max(abs(theirs[step] - one[step]) for step in one) < 5e-6, (source, target)
+
+
+@pytest.mark.parametrize("layout", [dict(dp=2), dict(dp=2, fsdp=3)], ids=["dp2", "fsdp2"])
+def test_killed_at_ten_moments_it_ends_as_if_nothing_had_been(layout, mixed, tmp_path):
+    """SIGKILL for one rank at a random moment of its life, again and again: the other ends by itself, and losses, weights and optimizer are
+    those of a run that was left alone, to the bit."""
+    flags = [*mixed, "--steps=60", "--save_every=3", "--keep=2", "--timeout=20"]
+    draw, started = random.Random(0), time.monotonic()
+    go(elsewhere(flags, tmp_path / "whole"), layout)
+    usual, kills, tries = time.monotonic() - started, 0, 0
+    argv = [*flags, *(f"--{name}={value}" for name, value in layout.items())]
+    while kills < 10 or tries == 0:
+        tries += 1
+        begun = dist.checkpoints(Path(out_of(flags)) / "ckpt") != []
+        pids = together(lambda: run_train(*argv, "--resume" if begun else "--overwrite"), 2)
+        time.sleep(draw.uniform(0.05, 0.5 * usual))
+        victim = draw.choice(pids)
+        done, _ = os.waitpid(victim, os.WNOHANG)
+        if not done:
+            os.kill(victim, signal.SIGKILL)
+            kills += 1
+        codes = [wait(pid, 60) for pid in pids if pid != victim or not done]
+        if codes == [0] * len(codes):
+            break
+    go([*flags, "--resume"], layout)
+    assert kills >= 3
+    assert losses_of(out_of(flags)) == losses_of(tmp_path / "whole")
+    assert_same_bits(final(out_of(flags)), final(tmp_path / "whole"))
+    assert not list(Path(out_of(flags), "ckpt").glob(".saving-*"))
+
+
+# ---- Faults ----
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
+
+
+def said_by(body, ranks, folder):
+    """Exit codes and stderr of ranks that run body()."""
+    def speaking():
+        os.dup2(os.open(folder / f"{os.environ['RANK']}.txt", os.O_CREAT | os.O_WRONLY), 2)
+        body()
+    folder.mkdir()
+    codes = launch(speaking, ranks)
+    return codes, [(folder / f"{rank}.txt").read_text() for rank in range(ranks)]
+
+
+def at_step(number, rank, do):
+    """Call do() in a rank when it reaches a step."""
+    batches_of = train.micro_batches
+    def seen(loader, step, shape, world):
+        if step == number and world.rank == rank:
+            do()
+        return batches_of(loader, step, shape, world)
+    train.micro_batches = seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_rank_is_told_to_stop_and_all_do(number, mixed):
+    pids = together(lambda: run_train(*mixed, "--dp=2", "--steps=5000", "--save_every=0"), 2)
+    until(lambda: Path(out_of(mixed), "log.jsonl").exists() and len(rows_of(out_of(mixed))) > 2)
+    os.kill(pids[1], number)
+    assert [wait(pid) for pid in pids] == [0, 0]
+    saved = dist.newest_checkpoint(Path(out_of(mixed)) / "ckpt")
+    assert 2 < saved.step < 5000 and saved.step == max(losses_of(out_of(mixed)))
+
+
+def test_a_rank_that_dies_takes_the_others_along(mixed, tmp_path):
+    def body():
+        at_step(3, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        run_train(*mixed, "--dp=2", "--prefetch=0", "--timeout=20")
+    begun = time.monotonic()
+    codes, _ = said_by(body, 2, tmp_path / "said")
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None) and time.monotonic() - begun < 30
+
+
+def test_a_hang_ends_with_the_stacks_of_all_ranks(mixed, tmp_path):
+    """Rank 1 sleeps; both are gone within the timeout and five seconds, and their stacks say who waits for whom."""
+    def body():
+        at_step(3, 1, lambda: (Path(tmp_path / "asleep").touch(), time.sleep(600)))
+        run_train(*mixed, "--dp=2", "--prefetch=0", "--timeout=3")
+    codes, said = said_by(body, 2, tmp_path / "said")
+    assert time.time() - (tmp_path / "asleep").stat().st_mtime < 3 + 5
+    assert codes == [1, 1] and all("Timeout" in text and "most recent call first" in text for text in said)
+    assert "all_sum" in said[0] or "all_reduce" in said[0] or "backward" in said[0], said[0]
+    assert "at_step" in said[1] or "seen" in said[1], said[1]
+
+
+def test_ranks_that_were_told_different_things_are_named(mixed, tmp_path):
+    def body():
+        run_train(*mixed, "--dp=2", f"--lr={1e-3 if os.environ['RANK'] == '0' else 2e-3}")
+    codes, said = said_by(body, 2, tmp_path / "said")
+    assert 0 not in codes and all("flags differ between ranks" in text and "rank 1" in text and "--lr=0.002" in text for text in said)
+
+
+def test_a_batch_of_another_shape_is_named_in_debug_mode(mixed, tmp_path):
+    """TORCH_DISTRIBUTED_DEBUG=DETAIL compares every collective before it runs."""
+    def body():
+        os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
+        torch.distributed.set_debug_level_from_env()
+        batches_of = train.micro_batches
+        def short(loader, step, shape, world):
+            batches = batches_of(loader, step, shape, world)
+            return [{name: t[:-1] for name, t in batch.items()} for batch in batches] if step == 2 and world.rank == 1 else batches
+        train.micro_batches = short
+        run_train(*mixed, "--tp=2", "--timeout=20")
+    codes, said = said_by(body, 2, tmp_path / "said")
+    assert 0 not in codes and re.search(r"[Mm]ismatch between collectives.*[Rr]ank 1", "".join(said), re.S), said
+
+
+def test_two_runs_do_not_share_a_folder(mixed):
+    pid = fork(lambda: run_train(*mixed, "--steps=5000"))
+    until(lambda: Path(out_of(mixed), "log.jsonl").exists())
+    with pytest.raises(UsageError, match="another process is training"):
+        run_train(*mixed, "--overwrite")
+    with pytest.raises(UsageError, match="another process is training"):
+        run_train(f"--out_dir={out_of(mixed)}", "--resume")
+    os.kill(pid, signal.SIGTERM)
+    assert wait(pid) == 0
+    run_train(f"--out_dir={out_of(mixed)}", "--resume", f"--steps={dist.newest_checkpoint(Path(out_of(mixed)) / 'ckpt').step + 1}")
+
+
+def test_torchrun_starts_a_killed_worker_again(mixed, tmp_path):
+    """--max_restarts: a worker kills itself once; the run goes on from its checkpoint to the losses of one that was left alone."""
+    go(elsewhere([*mixed, "--steps=8"], tmp_path / "whole"), dict(dp=2))
+    script = tmp_path / "dies_once.py"
+    script.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+batches_of = train.micro_batches
+def dying(loader, step, shape, world):
+    if step == 5 and world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batches_of(loader, step, shape, world)
+train.micro_batches = dying
+train.main(sys.argv[1:])
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1", "--monitor_interval=0.5",
+                           script, *mixed, "--steps=8", "--dp=2", "--prefetch=0"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses_of(out_of(mixed)) == losses_of(tmp_path / "whole")
