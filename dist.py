@@ -247,17 +247,18 @@ def any_rank(world, flag):
     return all_sum(world, torch.tensor([float(flag)], device=world.device)).item() > 0
 
 
-def all_texts(world, text):
-    """The texts of all ranks, on every rank."""
+def all_texts(world, text, device=None):
+    """The texts of all ranks (of a World, or of a Group with its device), on every rank."""
     if world.size == 1:
         return [text]
+    device = device or world.device
     raw = torch.tensor(list(text.encode()), dtype=torch.uint8)
     sizes = torch.zeros(world.size, dtype=torch.long)
     sizes[world.rank] = len(raw)
-    longest = int(all_sum(world, sizes.to(world.device)).max())
+    longest = int(all_sum(world, sizes.to(device)).max())
     mine = torch.zeros(longest, dtype=torch.uint8)
     mine[:len(raw)] = raw
-    every = MOVES["gather"](mine.to(world.device), world.rank, world.size, world.name, 0)
+    every = MOVES["gather"](mine.to(device), world.rank, world.size, world.name, 0)
     return [bytes(row).rstrip(b"\0").decode() for row in every.view(world.size, longest).tolist()]
 
 
@@ -266,13 +267,15 @@ def from_main(world, text):
     return all_texts(world, text if world.main else "")[0]
 
 
-def agree(world, what, text):
+def agree(world, what, text, device=None):
     """Refuse to go on where ranks were told different things, and name them."""
-    texts = all_texts(world, text)
-    apart = [rank for rank, other in enumerate(texts) if other != texts[0]]
-    if apart:
-        raise UsageError(f"{what} differ between ranks: rank 0 has {texts[0][:200]}, rank {apart[0]} {texts[apart[0]][:200]}; start all "
-                         "ranks with the same command and the same files")
+    texts = all_texts(world, text, device)
+    apart = next((rank for rank, other in enumerate(texts) if other != texts[0]), None)
+    if apart is not None:
+        only = lambda one, other: " ".join(word for word in one.split() if word not in other.split()) or "nothing of it"
+        raise UsageError(f"{what} differ between ranks: rank {world.ranks[apart]} has {only(texts[apart], texts[0])}, rank {world.ranks[0]} "
+                         f"{only(texts[0], texts[apart])}; "
+                         "start all ranks with the same command and the same files")
 
 
 def lock(world, folder):
@@ -325,8 +328,13 @@ class Move(torch.autograd.Function):
 
 
 def move(x, group, there, back, dim=0):
-    """MOVES[there], whose gradient does MOVES[back]; the identity at size one."""
-    return x if group.size == 1 else Move.apply(x, there, back, group.rank, group.size, group.name, dim)
+    """MOVES[there], whose gradient does MOVES[back]; the identity at size one. TORCH_DISTRIBUTED_DEBUG=DETAIL has torch compare what ranks
+    reduce before it does; this is for what they gather and scatter."""
+    if group.size == 1:
+        return x
+    if not torch.compiler.is_compiling() and os.environ.get("TORCH_DISTRIBUTED_DEBUG") == "DETAIL":
+        agree(group, "tensors of a collective", f"{there} {str(x.dtype)[6:]}[{','.join(map(str, x.shape))}]", x.device)
+    return Move.apply(x, there, back, group.rank, group.size, group.name, dim)
 
 
 def padded(x, size, dim=1):

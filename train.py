@@ -307,12 +307,17 @@ def settle_config(typed):
         raise UsageError("--grow_from makes experts of a dense model's MLPs; give it --moe, and no --init_from")
     if cfg.resume and saved:
         known = {f.name: saved[f.name] for f in dataclasses.fields(TrainConfig) if f.name in saved}
-        known["input"] = tuple(known["input"])
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}       # JSON has no tuples
         differ = [f"--{k}={typed_or(v)} (the run has {typed_or(known[k])})" for k, v in given.items()
-                  if k in known and k not in FREE_TO_CHANGE and (tuple(v) if k == "input" else v) != known[k]]
+                  if k in known and k not in FREE_TO_CHANGE and (tuple(v) if isinstance(v, list) else v) != known[k]]
         if differ:
             raise UsageError(f"the run in {cfg.out_dir} was started with other flags: {', '.join(differ)}; leave these out to "
                              f"resume it, or choose another --out_dir to begin a new run")
+        axes = DistConfig.__dataclass_fields__.keys() - {"device", "timeout", "deterministic"}
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if axes & typed.keys() or ranks % (known["pp"] * known["cp"] * known["tp"]) or ranks // known["pp"] // known["tp"] % known["ep"]:
+            known = {name: value for name, value in known.items() if name not in axes}     # another layout: all of it as typed now
+        known["dp"] = 0                                          # whatever the others leave
         now = dict(resume=cfg.resume, overwrite=False, plan=cfg.plan, sample=cfg.sample, bench=cfg.bench, out_dir=cfg.out_dir)
         cfg = TrainConfig(**known | {k: v for k, v in given.items() if k in FREE_TO_CHANGE} | now)
     elif saved and not (cfg.plan or cfg.sample or cfg.bench):

@@ -40,7 +40,7 @@ def go(flags, layout, **env):
 
 def test_a_run_goes_on_from_layout_to_layout(mixed, tmp_path):
     """Two steps on each, from what the one before saved: the losses of a single process all the way."""
-    layouts, flags = [*LAYOUTS.values()], [*mixed, "--schedule=constant"]
+    layouts, flags = [*LAYOUTS.values()], [*mixed, "--schedule=constant", "--mtp_late=1", "--bias_until=1"]      # nothing that knows how long the run is
     go([*elsewhere(flags, tmp_path / "one"), f"--steps={2 * len(layouts)}"], {})
     for i, layout in enumerate(layouts):
         go([*elsewhere(flags, tmp_path / "chain"), f"--steps={2 * i + 2}", *["--resume"] * (i > 0)], layout)
@@ -62,33 +62,36 @@ def test_any_layout_reads_what_any_other_wrote(source, mixed, tmp_path):
         assert theirs.keys() == one.keys() and max(abs(theirs[step] - one[step]) for step in one) < 5e-6, (source, target)
 
 
-@pytest.mark.parametrize("layout", [dict(dp=2), dict(dp=2, fsdp=3)], ids=["dp2", "fsdp2"])
-def test_killed_at_ten_moments_it_ends_as_if_nothing_had_been(layout, mixed, tmp_path):
-    """SIGKILL for one rank at a random moment of its life, again and again: the other ends by itself, and losses, weights and optimizer are
-    those of a run that was left alone, to the bit."""
-    flags = [*mixed, "--steps=60", "--save_every=3", "--keep=2", "--timeout=20"]
-    draw, started = random.Random(0), time.monotonic()
+def killed_again_and_again(flags, layout, kills, tmp_path):
+    """SIGKILL for all ranks at random moments of a run's life, its start and its saves among them, until it was killed so often; then losses,
+    weights and optimizer are those of a run that was left alone, to the bit."""
+    argv, ranks, draw = [*flags, *(f"--{name}={value}" for name, value in layout.items())], ranks_of(layout), random.Random(0)
     go(elsewhere(flags, tmp_path / "whole"), layout)
-    usual, kills, tries = time.monotonic() - started, 0, 0
-    argv = [*flags, *(f"--{name}={value}" for name, value in layout.items())]
-    while kills < 10 or tries == 0:
-        tries += 1
-        begun = dist.checkpoints(Path(out_of(flags)) / "ckpt") != []
-        pids = together(lambda: run_train(*argv, "--resume" if begun else "--overwrite"), 2)
-        time.sleep(draw.uniform(0.05, 0.5 * usual))
-        victim = draw.choice(pids)
-        done, _ = os.waitpid(victim, os.WNOHANG)
-        if not done:
-            os.kill(victim, signal.SIGKILL)
-            kills += 1
-        codes = [wait(pid, 60) for pid in pids if pid != victim or not done]
-        if codes == [0] * len(codes):
+    ckpt, killed = Path(out_of(flags)) / "ckpt", 0
+    while killed < kills:
+        pids = together(lambda: run_train(*argv, "--resume" if dist.checkpoints(ckpt) else "--overwrite"), ranks)
+        time.sleep(draw.choice([draw.uniform(0, 0.6), draw.uniform(0.6, 1.2)]))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        codes = [wait(pid) for pid in pids]
+        if codes == [0] * ranks:
             break
-    go([*flags, "--resume"], layout)
-    assert kills >= 3
+        killed += 1
+    go([*argv, "--resume" if dist.checkpoints(ckpt) else "--overwrite"], {} if ranks == 1 else layout)
     assert losses_of(out_of(flags)) == losses_of(tmp_path / "whole")
     assert_same_bits(final(out_of(flags)), final(tmp_path / "whole"))
-    assert not list(Path(out_of(flags), "ckpt").glob(".saving-*"))
+    assert not list(ckpt.glob(".saving-*"))
+    return killed
+
+
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(mixed, tmp_path):
+    assert killed_again_and_again([*mixed, "--steps=150", "--save_every=2", "--keep=2"], dict(dp=2), 6, tmp_path) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [dict(dp=2), dict(dp=2, fsdp=3), dict(tp=2), dict(dp=2, ep=2)], ids=lambda x: "-".join(f"{k}{v}" for k, v in x.items()))
+def test_killed_twenty_times(layout, mixed, tmp_path):
+    assert killed_again_and_again([*mixed, "--steps=400", "--save_every=2", "--keep=2", "--async_save"], layout, 20, tmp_path) == 20
 
 
 # ---- Faults ----
@@ -103,7 +106,8 @@ def until(condition, seconds=60):
 def said_by(body, ranks, folder):
     """Exit codes and stderr of ranks that run body()."""
     def speaking():
-        os.dup2(os.open(folder / f"{os.environ['RANK']}.txt", os.O_CREAT | os.O_WRONLY), 2)
+        sys.stderr = open(folder / f"{os.environ['RANK']}.txt", "w")
+        os.dup2(sys.stderr.fileno(), 2)
         body()
     folder.mkdir()
     codes = launch(speaking, ranks)
@@ -146,9 +150,8 @@ def test_a_hang_ends_with_the_stacks_of_all_ranks(mixed, tmp_path):
         run_train(*mixed, "--dp=2", "--prefetch=0", "--timeout=3")
     codes, said = said_by(body, 2, tmp_path / "said")
     assert time.time() - (tmp_path / "asleep").stat().st_mtime < 3 + 5
-    assert codes == [1, 1] and all("Timeout" in text and "most recent call first" in text for text in said)
-    assert "all_sum" in said[0] or "all_reduce" in said[0] or "backward" in said[0], said[0]
-    assert "at_step" in said[1] or "seen" in said[1], said[1]
+    assert codes == [1, 1] and all("most recent call" in text for text in said)                  # the first to give up may end the other's wait
+    assert "weight_of_step" in said[0] and "in seen" in said[1] and "Timeout" in said[1], said
 
 
 def test_ranks_that_were_told_different_things_are_named(mixed, tmp_path):
@@ -170,7 +173,7 @@ def test_a_batch_of_another_shape_is_named_in_debug_mode(mixed, tmp_path):
         train.micro_batches = short
         run_train(*mixed, "--tp=2", "--timeout=20")
     codes, said = said_by(body, 2, tmp_path / "said")
-    assert 0 not in codes and re.search(r"[Mm]ismatch between collectives.*[Rr]ank 1", "".join(said), re.S), said
+    assert 0 not in codes and all(re.search(r"rank 1 has float32\[\d+,32,16\], rank 0 float32\[\d+,32,16\]", text) for text in said), said
 
 
 def test_two_runs_do_not_share_a_folder(mixed):
