@@ -908,12 +908,12 @@ MEETINGS = {                       # dist.CP_MODES; "" where a rank has whole ro
 QK_NORMS = ("none", "head", "width")       # flag --qk_norm
 
 
-def wide_norm(norm, x_BTF, tp):
-    """RMSNorm over all heads, of which tp holds a part of the channels each."""
+def wide_norm(norm, x_BTF, tp, width):
+    """RMSNorm over all heads, `width` channels of which each rank of tp holds a part."""
     if tp.size == 1:
         return norm(x_BTF)
     wide_BTF = x_BTF.to(torch.promote_types(x_BTF.dtype, torch.float32))
-    square_BT1 = move(wide_BTF.square().sum(-1, keepdim=True), tp, "sum", "sum") / (tp.size * x_BTF.shape[-1])
+    square_BT1 = move(wide_BTF.square().sum(-1, keepdim=True), tp, "sum", "sum") / width
     return (wide_BTF * torch.rsqrt(square_BT1 + norm.eps) * norm.gain).to(x_BTF.dtype)
 
 
@@ -938,7 +938,7 @@ class MHA(nn.Module):
         if layer.attn in ("strided", "fixed") and H < 2:
             raise UsageError(f"--attn={layer.attn} gives its heads different keys, so it needs --n_head=2 or more; "
                              "use --attn=sparse for one")
-        self.n_head, self.n_kv_head, self.head_dim = H, G, K
+        self.n_head, self.n_kv_head, self.head_dim, self.q_width, self.k_width = H, G, K, H * K, G * K
         self.dropout, self.softcap, self.clip, self.window = cfg.attn_dropout, cfg.attn_softcap, cfg.clip_qkv, layer.window
         self.scale = (cfg.attn_scale or K**-0.5) / (layer.index + 1 if cfg.scale_by_layer else 1)
         self.w_q = nn.Linear(D, H * K, bias=cfg.qkv_bias)
@@ -969,25 +969,25 @@ class MHA(nn.Module):
 
     def share(self, tp):
         """Read with this rank's part of the query heads, and of the key heads with those that serve them."""
-        first, G = bounds(self.n_head, tp)[0] * self.n_kv_head // self.n_head, self.n_kv_head
-        if G % tp.size:                    # fewer than ranks: their projections stay whole, and each rank reads one
-            self.picked = slice(first, first + 1)
-        self.tp, self.n_head, self.n_kv_head = tp, self.n_head // tp.size, max(1, G // tp.size)
+        (low, high), H, G = bounds(self.n_head, tp), self.n_head, self.n_kv_head
+        if G < H and G % tp.size:          # fewer than ranks: their projections stay whole, and each rank reads one
+            self.picked = slice(low * G // H, low * G // H + 1)
+        self.tp, self.n_head, self.n_kv_head = tp, high - low, high - low if G == H else max(1, G // tp.size)
 
     def queries(self, x_BTD, norm=True):
-        return self.split(self.w_q(x_BTD), self.q_norm if norm else None, self.tp)
+        return self.split(self.w_q(x_BTD), self.q_norm if norm else None, self.tp, self.q_width)
 
     def keys_values(self, x_BSD, norm=True):
         tp = self.tp if self.picked == slice(None) else ALONE
-        k_BSGK = self.split(self.w_k(x_BSD), self.k_norm if norm else None, tp)
+        k_BSGK = self.split(self.w_k(x_BSD), self.k_norm if norm else None, tp, self.k_width)
         return k_BSGK[:, :, self.picked], self.split(self.w_v(x_BSD))[:, :, self.picked]
 
-    def split(self, y_BTD, norm=None, tp=ALONE):
+    def split(self, y_BTD, norm=None, tp=ALONE, width=0):
         """Norm, clip, and cut into heads [B, T, heads, K]."""
         if norm is not None and norm.weight.shape[0] == self.head_dim:
             y_BTD = norm(y_BTD.unflatten(-1, (-1, self.head_dim))).flatten(2)
         elif norm is not None:
-            y_BTD = wide_norm(norm, y_BTD, tp)
+            y_BTD = wide_norm(norm, y_BTD, tp, width)
         y_BTD = y_BTD.clamp(-self.clip, self.clip) if self.clip else y_BTD                       # in this order in OLMoE
         return y_BTD.unflatten(-1, (-1, self.head_dim))
 
@@ -1095,7 +1095,8 @@ class MLA(nn.Module):
 
     def share(self, tp):
         """Read with this rank's part of the heads; all ranks make the latents."""
-        self.n_head //= tp.size
+        low, high = bounds(self.n_head, tp)
+        self.n_head = high - low
 
     @staticmethod
     def rotary(cfg):
@@ -1241,7 +1242,8 @@ class Recurrent(nn.Module):
 
     def share(self, tp):
         """Read with this rank's part of the heads."""
-        self.tp, self.heads, self.n_head = tp, slice(*bounds(self.n_head, tp)), self.n_head // tp.size
+        low, high = bounds(self.n_head, tp)
+        self.tp, self.heads, self.n_head = tp, slice(low, high), high - low
 
     def before(self, cache, n=1):
         """The n states that the last call left; None each where there was none."""
@@ -1343,7 +1345,7 @@ class Lightning(Recurrent):
         y_BTHU, state_BHKU = decayed_attention(q_BTHK, k_BTHK, v_BTHU, slope_H, self.state(cache, k_BTHK, v_BTHU, slope_H, at),
                                                at.doc_BT, at.doc_before_B, self.tile)
         self.keep(cache, x_BTD.shape[1], state_BHKU)
-        y_BTF = wide_norm(self.norm, y_BTHU.flatten(2), self.tp).to(v_BTHU.dtype)
+        y_BTF = wide_norm(self.norm, y_BTHU.flatten(2), self.tp, self.all_heads * self.head_dim).to(v_BTHU.dtype)
         return self.w_o(self.w_gate(x_BTD).sigmoid() * y_BTF)
 
 
@@ -1384,7 +1386,7 @@ class TransNormer(Recurrent):
         y_BTHU, state_BHKU = decayed_attention(q_BTHK, k_BTHK, v_BTHU, slope_H, self.state(cache, k_BTHK, v_BTHU, slope_H, at),
                                                at.doc_BT, at.doc_before_B, self.tile)
         self.keep(cache, x_BTD.shape[1], state_BHKU)
-        y_BTF = wide_norm(self.norm, y_BTHU.flatten(2), self.tp).to(v_BTHU.dtype)
+        y_BTF = wide_norm(self.norm, y_BTHU.flatten(2), self.tp, self.all_heads * self.head_dim).to(v_BTHU.dtype)
         return self.w_o(self.w_gate(x_BTD) * y_BTF)
 
 

@@ -443,11 +443,12 @@ def vocab_parallel_cross_entropy(x_MD, w_VD, targets_M, weights_M, bias_V=None, 
 
 @dataclass(frozen=True)
 class Cut:
-    """A group's ranks hold a part of dimension `dim` each, of every one of the `parts` that it comes in; with dim None the first rank holds
-    all and the others nothing."""
+    """A group's ranks hold a part of dimension `dim` each, of every one of the `parts` that it comes in, in whole units of which a part has
+    `units` (0: numbers); with dim None the first rank holds all and the others nothing."""
     dim: int
     group: Group
     parts: int = 1
+    units: int = 0
 
 
 def pieces(shape, cuts):
@@ -458,7 +459,7 @@ def pieces(shape, cuts):
             boxes = boxes if cut.group.rank == 0 else []
             continue
         each = shape[cut.dim] // cut.parts
-        low, high = bounds(each, cut.group)
+        low, high = (end * each // (cut.units or each) for end in bounds(cut.units or each, cut.group))
         boxes = [box[:cut.dim] + [(part * each + low, part * each + high)] + box[cut.dim + 1:] for box in boxes for part in range(cut.parts)]
     return boxes
 

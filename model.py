@@ -771,7 +771,9 @@ def spread(model, world, cp_mode):
     for name, p in list(model.named_parameters()):
         cuts = [Cut(0, world.ep)] if world.ep.size > 1 and ".mlp.experts." in name else []
         if tp.size > 1 and name not in whole:
-            cuts += [Cut(dim, tp, parts) for pattern, dim, parts in CUTS if re.search(pattern, name)][:1]
+            for pattern, dim, parts in [row for row in CUTS if re.search(row[0], name)][:1]:
+                heads = dim is not None and re.search(r"\.(attn|cross)\.|rel_bias", name) and p.shape[dim] // parts % model.cfg.n_head == 0
+                cuts.append(Cut(dim, tp, parts, model.cfg.n_head if heads else 0))
         shared = any(cut.group is tp for cut in cuts)
         table[name] = tuple(p.shape), cuts, tp.size > 1 and not shared and (world.sp or bool(re.search(INSIDE, name)))
         if cuts:

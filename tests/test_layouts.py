@@ -27,6 +27,9 @@ MODELS = {
     "linear": dict(layers="linear,transnormer", pos="rope"),
     "gpt2": dict(norm="layer", act="gelu_tanh", pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True),
     "mqa_t5": dict(attn="mqa", pos="t5", attn_softcap=20.0),
+    "three_heads": dict(layers="mla,mha,gdn,lightning", n_head=3, n_embd=36, head_dim=12, qk_norm="none"),
+    "olmo2": dict(qk_norm="width", norm_at="branch_post", n_head=3, n_embd=36),
+    "alibi": dict(layers="strided,mha", pos="alibi", sparse_stride=4, n_head=3, n_embd=36, norm_at="sandwich"),
 }
 STEPS, ROWS = 5, 8
 
@@ -87,7 +90,7 @@ WHOLE = {}
 
 def alone(name):
     if name not in WHOLE:
-        WHOLE[name] = run(TrainConfig(**TINY, **MODELS[name]))
+        WHOLE[name] = run(TrainConfig(**TINY | MODELS[name]))
     return WHOLE[name]
 
 
@@ -128,6 +131,7 @@ LAYOUTS = [(name, layout) for name, layouts in {
     "gdn": (dict(cp=2), dict(tp=2), dict(cp=2, tp=2)),
     "linear": (dict(cp=2), dict(tp=2)),
     "gpt2": (dict(tp=2), dict(tp=2, sp=False), dict(cp=2), dict(fsdp=3, dp=2), dict(pp=2, tp=2)),
+    "three_heads": (dict(tp=2), dict(cp=2, tp=2)), "olmo2": (dict(tp=2), dict(dp=2, tp=2, fsdp=3)), "alibi": (dict(tp=2), dict(tp=3), dict(cp=2), dict(cp=2, cp_mode="ring")),
     "mqa_t5": (dict(tp=2), dict(cp=2), dict(cp=2, cp_mode="ulysses"), dict(pp=2)),
 }.items() for layout in layouts]
 
