@@ -950,7 +950,8 @@ class MHA(nn.Module):
         if cfg.qk_norm != "none":          # of each head by itself, or of all heads together
             q_width, k_width = (K, K) if cfg.qk_norm == "head" else (H * K, G * K)
             self.q_norm, self.k_norm = (RMSNorm(width, cfg.norm_eps, cfg.norm_one_plus) for width in (q_width, k_width))
-        self.norm_turns = cfg.qk_norm == "head" and not cfg.clip_qkv        # nothing stands between that norm and RoPE
+        self.norm_heads = cfg.qk_norm == "head"
+        self.norm_turns = self.norm_heads and not cfg.clip_qkv              # nothing stands between that norm and RoPE
         self.sinks = given(torch.zeros(H)) if cfg.sinks else None
         self.lrpe = self.shaw_k = self.shaw_v = None
         if cfg.pos == "lrpe" and (not cfg.lrpe_layers or layer.index < cfg.lrpe_layers):
@@ -984,7 +985,7 @@ class MHA(nn.Module):
 
     def split(self, y_BTD, norm=None, tp=ALONE, width=0):
         """Norm, clip, and cut into heads [B, T, heads, K]."""
-        if norm is not None and norm.weight.shape[0] == self.head_dim:
+        if norm is not None and self.norm_heads:
             y_BTD = norm(y_BTD.unflatten(-1, (-1, self.head_dim))).flatten(2)
         elif norm is not None:
             y_BTD = wide_norm(norm, y_BTD, tp, width)
