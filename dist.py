@@ -12,20 +12,28 @@ A checkpoint is a folder of plain tensors in the safetensors layout and one JSON
 written last; the folder gets its name by a rename when all of it is on disk. Nothing is pickled, so opening one runs no
 code, and a half-written or damaged one is recognised and passed over for the one before.
 
-Contents:    config | the world | reductions | data parallel | safetensors | checkpoints | demo
+Contents:    config | the world | reductions | data parallel | safetensors | checkpoints | plan | demo
 References:
     [DDP]    PyTorch Distributed: Experiences on Accelerating Data Parallel Training, arXiv:2006.15704
+    [GPipe] 1811.06965; [Megatron2] interleaved 1F1B, 2104.04473; [BFS] 2211.05953; [ZB] Zero Bubble Pipeline Parallelism, 2401.10241;
+    [DSV3] DeepSeek-V3 Technical Report, 2412.19437; [ZeRO] 1910.02054
 Run me:      python dist.py      (saves a checkpoint, damages it, recovers)
              torchrun --nproc_per_node=2 dist.py      (the same, and a token-weighted mean over two ranks)
 """
+import contextlib
+import copy
 import datetime
+import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +41,26 @@ import numpy as np
 import torch
 import torch.distributed as td
 
-from tokenizer import UsageError, atomic_write, cores, run_cli, sync_folder
+from tokenizer import UsageError, atomic_write, cores, flag, run_cli, sync_folder
 
 
 @dataclass
 class DistConfig:
     device: str = "auto"           # where to compute: auto (a GPU if there is one), cpu or cuda
-    dp: int = 0                    # data-parallel ranks; 0 means all that torchrun started
+    dp: int = 0                    # copies of the model that share the rows of a step; 0 means as many as pp, cp and tp leave
+    fsdp: int = flag(0, bare=3)    # ZeRO stage: 1 and 2 shard optimizer state and gradients, 3 (and the bare flag) weights, too
+    hsdp: int = 1                  # fsdp: copies of the sharded weights, so that weights are gathered among fewer ranks
+    tp: int = 1                    # ranks that share heads, hidden channels and the vocabulary
+    sp: bool = True                # with tp, what is between sublayers is cut along the row, not held by all
+    pp: int = 1                    # ranks that share the depth
+    pp_schedule: str = "1f1b"      # which micro-batch a pipeline stage works on next, a key of PP_SCHEDULES
+    microbatches: int = 0          # pp: micro-batches of a step; 0 means two a stage, where rows divide
+    cp: int = 1                    # ranks that share each row
+    cp_mode: str = "gather"        # how a query meets the keys of other ranks: gather, ulysses or ring
+    ep: int = 1                    # ranks that share the experts, taken from dp x cp
     timeout: int = 1800            # seconds after which a rank that waits for another gives up
+    deterministic: bool = False    # refuse operations whose result may change from run to run
+    world_size: int = 0            # plan: ranks of a cluster that is not there
 
 
 DEVICES = ("auto", "cpu", "cuda")  # flag --device
@@ -314,6 +334,302 @@ def newest_checkpoint(folder, say=print):
     if found:
         raise UsageError(f"all {len(found)} checkpoints in {folder} are damaged; restore one, or start again with --overwrite")
     return None
+
+
+# ---- Plan (what would it take?) ----
+
+# Nothing is built: parameters are counted by how they are cut, activations by what the layers keep (model.py:pieces), and bytes on the
+# network by what sends them, of one rank and one step: an all-reduce counts its tensor, an all-gather its output, a reduce-scatter and an
+# all-to-all their input, a send what is sent.
+
+PP_SCHEDULES = {                   # flag --pp_schedule: torch's class, stages a rank, and do stages go forth and back over the ranks?
+    "gpipe": ("ScheduleGPipe", 1, False),                        # all forward, then all backward                       [GPipe]
+    "1f1b": ("Schedule1F1B", 1, False),                          # in turn, so that fewer micro-batches are kept
+    "looped_bfs": ("ScheduleLoopedBFS", 2, False),               # as gpipe, with shorter stages                          [BFS]
+    "interleaved": ("ScheduleInterleaved1F1B", 2, False),        # as 1f1b, with shorter stages                     [Megatron2]
+    "interleaved_zb": ("ScheduleInterleavedZeroBubble", 2, False),       # gradients of weights wait for a gap             [ZB]
+    "zbv": ("ScheduleZBVZeroBubble", 2, True),
+    "dualpipev": ("ScheduleDualPipeV", 2, True),                 # forward of one beside backward of another   [DSV3 sec 3.2.1]
+}
+CP_MODES = ("gather", "ulysses", "ring")
+RECURRENT = {"linear", "lightning", "transnormer", "gdn", "kda"}         # mixers that hand on a state instead of keys
+
+
+def stage_owner(number, pp, schedule):
+    """Rank of pp that holds a stage."""
+    _, each, mirrored = PP_SCHEDULES[schedule]
+    return each * pp - 1 - number if mirrored and number >= pp else number % pp
+
+
+@functools.cache
+def divisors(n, *others):
+    """Numbers that divide n and all others."""
+    return [d for d in range(1, n + 1) if not any(k % d for k in (n, *others))]
+
+
+def micro_batches(cfg, size):
+    """(rows of a micro-batch, micro-batches of a step) of a rank; where nothing is said two a stage, or at most 16,384 tokens at once."""
+    rows, most = cfg.tokens_per_step // cfg.seq_len // (size // (cfg.pp * cfg.cp * cfg.tp)), max(1, 16384 // cfg.seq_len)
+    number = rows // cfg.micro_batch if cfg.micro_batch else cfg.microbatches
+    if not number and cfg.pp > 1:
+        number = max(n for n in divisors(rows) if n <= 2 * cfg.pp * PP_SCHEDULES[cfg.pp_schedule][1])
+    number = number or min(n for n in divisors(rows) if n * most >= rows)
+    return rows // number, number
+
+
+def refuse_layout(cfg, size):
+    """Refuse a layout that `size` ranks cannot run, by the flag at fault and values that work. It takes the whole config, before any
+    process group and any weight."""
+    least = dict(dp=0, fsdp=0, hsdp=1, tp=1, pp=1, microbatches=0, cp=1, ep=1, timeout=1, world_size=0)
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise UsageError(f"--{name}={getattr(cfg, name)} must be at least {low}, for example {max(low, getattr(DistConfig, name))}")
+    for name, table in (("pp_schedule", PP_SCHEDULES), ("cp_mode", CP_MODES), ("fsdp", range(4))):
+        if getattr(cfg, name) not in table:
+            raise UsageError(f"--{name}={getattr(cfg, name)} is not known; use one of {list(table)}")
+    pp, cp, tp, ep, per_copy, H = cfg.pp, cfg.cp, cfg.tp, cfg.ep, cfg.pp * cfg.cp * cfg.tp, cfg.n_head
+    if size % per_copy or cfg.dp not in (0, size // per_copy):
+        copies = f"--dp={cfg.dp} x " if cfg.dp else ""
+        near = max(1, round(size / per_copy)) * per_copy
+        fits = f"--dp={size // per_copy}, or leave it out" if size % per_copy == 0 else f"{near} processes"
+        raise UsageError(f"{copies}--pp={pp} x --cp={cp} x --tp={tp} make {(cfg.dp or 1) * per_copy} ranks"
+                         f"{'' if cfg.dp else ' or a multiple of that'}, and there {'is' if size == 1 else 'are'} {size}; use {fits}")
+    dp = size // per_copy
+    batch, mixers = dp * cp, {item.partition("*")[0].strip() for item in (cfg.layers or cfg.attn).split(",")}
+    schedule, (_, each, _) = cfg.pp_schedule, PP_SCHEDULES[cfg.pp_schedule]
+    softmax, stages, in_order = mixers - RECURRENT, pp * each if pp > 1 else 1, cfg.cp_mode == "ulysses" or mixers & RECURRENT or cfg.arch != "decoder"
+    kv = 0 if not softmax - {"mla"} else cfg.n_kv_head or (1 if "mqa" in mixers else max(1, H // 4) if "gqa" in mixers else H)
+    pieces, unit = cp if in_order else 2 * cp, cfg.seq_len * dp * max(1, cfg.micro_batch)
+    low = cfg.tokens_per_step // unit * unit
+    table = (                      # (what is wrong, what to say)
+        (cfg.world_size and not cfg.plan, f"--world_size={cfg.world_size} is a cluster to plan for; give it --plan, or start as many processes"),
+        (cfg.hsdp > 1 and not cfg.fsdp, f"--hsdp={cfg.hsdp} makes copies of sharded weights; give it --fsdp, or leave it out"),
+        (batch % cfg.hsdp, f"--hsdp={cfg.hsdp} does not divide dp x cp = {batch} ranks; use one of {divisors(batch)[:12]}"),
+        (H % tp, f"--tp={tp} does not divide --n_head={H}: ranks share heads equally; use one of {divisors(H)}"),
+        (kv and kv % tp and tp % kv, f"--tp={tp} and {kv} key heads: one must divide the other; use one of {divisors(H, kv)}"),
+        (tp > cfg.vocab_size, f"--tp={tp} is more than --vocab_size={cfg.vocab_size}; use one of {divisors(H)}"),
+        (ep > 1 and not cfg.moe, f"--ep={ep} deals out experts, of which there are none; give it --moe, or leave it out"),
+        (ep > 1 and cfg.n_expert % ep, f"--ep={ep} does not divide --n_expert={cfg.n_expert}; use one of {divisors(cfg.n_expert, batch)}"),
+        (batch % ep, f"--ep={ep} does not divide dp x cp = {batch} ranks, from which it is taken; use one of {divisors(batch, cfg.n_expert)}"),
+        (cp > 1 and cfg.seq_len % pieces, f"--cp={cp} cuts rows into {pieces} pieces, which --seq_len={cfg.seq_len} does not divide into; "
+         f"use --seq_len={max(1, cfg.seq_len // pieces) * pieces}"),
+        (cp > 1 and cfg.cp_mode == "ulysses" and softmax and H % (tp * cp),
+         f"--cp_mode=ulysses shares heads: --cp={cp} x --tp={tp} does not divide --n_head={H}; use --cp={divisors(H // tp)[-1]} or another mode"),
+        (cp > 1 and cfg.cp_mode == "ring" and (cfg.attn_dropout or cfg.pos == "shaw"),
+         "--cp_mode=ring has neither --attn_dropout nor --pos=shaw; use --cp_mode=gather"),
+        (pp > 1 and cfg.arch != "decoder", f"--pp={pp} cuts a stack of blocks, and --arch={cfg.arch} has more than one way through; use --pp=1"),
+        (cfg.n_layer < stages, f"--pp={pp} with --pp_schedule={schedule} has {stages} stages, more than --n_layer={cfg.n_layer} blocks; use "
+         f"--pp={max(1, cfg.n_layer // each)}" + " or --pp_schedule=1f1b" * (each > 1)),
+        (cfg.microbatches and pp == 1, f"--microbatches={cfg.microbatches} are those of a pipeline; use --micro_batch, or --pp=2"),
+        (cfg.norm == "batch" and size > 1, "--norm=batch takes its statistics over the rows of one rank, so ranks would train different "
+         "models; use one, or another --norm"),
+        (cfg.compile and pp > 1 and schedule in ("interleaved_zb", "zbv", "dualpipev"),
+         f"--pp_schedule={schedule} splits backward in two, which compiled blocks cannot; use --compile=false or --pp_schedule=1f1b"),
+        (low != cfg.tokens_per_step, f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len} x "
+         + f"--micro_batch={cfg.micro_batch} x " * bool(cfg.micro_batch) + f"dp {dp}); use "
+         + " or ".join(f"--tokens_per_step={n}" for n in (low, low + unit) if n)),
+    )
+    for wrong, message in table:
+        if wrong:
+            raise UsageError(message)
+    rows = cfg.tokens_per_step // cfg.seq_len // dp
+    number = micro_batches(cfg, size)[1]
+    wanted = rows // cfg.micro_batch if cfg.micro_batch else number
+    least, rounds = {"1f1b": pp, "dualpipev": stages}.get(schedule, 1), max(1, number // pp) if schedule.startswith("interleaved") else 1
+    fits = [n for n in divisors(rows) if n >= least and not (schedule.startswith("interleaved") and n % max(1, n // pp))]
+    hint = f"use one of {fits}" if fits else f"use --tokens_per_step={least * cfg.seq_len * dp} or more"
+    for wrong, message in (
+            (cfg.microbatches and rows % cfg.microbatches, f"does not divide the {rows} rows of a rank"),
+            (cfg.microbatches and wanted != cfg.microbatches, f"and --micro_batch={cfg.micro_batch} make more or less than the {rows} rows of a rank"),
+            (number < least, f"({number}) are fewer than the {least} that --pp_schedule={schedule} needs"),
+            (number % rounds, f"({number}) do not come in rounds of equal length, as --pp_schedule={schedule} needs")):
+        if pp > 1 and wrong:
+            raise UsageError(f"--microbatches={cfg.microbatches} {message}; {hint}")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter, and how a layout cuts it."""
+    shape: tuple
+    dim: int = None                # what tp cuts; None: all of it is on every rank, -1: on the first
+    parts: int = 1                 # in how many parts that dimension comes
+    heads: int = 0                 # key heads in it: tp must divide them, or it stays whole
+    expert: bool = False           # ep cuts its first dimension
+    cast: bool = False             # products read a narrow copy of it, which is kept for backward
+    inside: bool = True            # a layer reads it whose work tp shares, so its gradients are parts of a sum
+
+
+@dataclass
+class Piece:
+    """Of what stages are made: a block, what comes before them, what ends the model."""
+    name: str
+    held: list                     # [Held]
+    macs: float = 0.0              # multiply-adds of a token
+    keeps: object = None           # f(cfg, tokens, size of a number in products, cuda) -> {--ac: bytes kept for backward}
+    moves: object = None           # f(cfg, rows, size) -> [(axis, collective there, bytes, bytes once more where a block runs again, collective back, bytes)]
+    block: bool = False            # a unit of FSDP by itself
+
+
+def counted(piece, cfg, size, rank=0):
+    """Numbers of a piece on rank `rank` of tp: `dense` and `experts`, where fsdp shards them the largest part of each and what is gathered
+    (all parts as large), those that products read as narrow copies, and those whose gradients tp adds up."""
+    out, batch = Counter(), size // (cfg.pp * cfg.tp)
+    for held in piece.held:
+        shape, expert = list(held.shape), held.expert and cfg.ep > 1
+        shape[0] //= cfg.ep if expert else 1
+        cut = cfg.tp > 1 and held.dim is not None and not (held.heads and held.heads % cfg.tp)
+        if cut and held.dim < 0:
+            shape[0] *= rank == 0
+        elif cut:
+            each = shape[held.dim] // held.parts
+            shape[held.dim] = held.parts * (each * (rank + 1) // cfg.tp - each * rank // cfg.tp)
+        n, kind, shards = math.prod(shape), "experts" if expert else "dense", batch // (cfg.ep if expert else cfg.hsdp) if cfg.fsdp else 1
+        dim = shard_dim(shape, shards)
+        part = n // max(1, shape[dim]) * -(-shape[dim] // shards)
+        out.update({kind: n, f"{kind} shard": part, f"{kind} gathered": part * shards, "cast": n * held.cast,
+                    "experts cast": n * held.expert, "tp": part * (cfg.tp > 1 and not cut and (cfg.sp or held.inside))})
+    return out
+
+
+def shard_dim(shape, n):
+    """The dimension of which n ranks of FSDP hold a part each: the first, unless it is too short and another divides."""
+    return 0 if shape[0] >= n else next((dim for dim, k in enumerate(shape) if k and k % n == 0), 0)
+
+
+def in_flight(cfg, rank, number):
+    """Micro-batches, times stages, whose activations a pipeline rank holds at most, in torch's orders."""
+    p, v = cfg.pp, PP_SCHEDULES[cfg.pp_schedule][1] if cfg.pp > 1 else 1
+    most = {"1f1b": p - rank, "interleaved": (v - 1) * (number // max(1, number // p)) + 2 * (p - 1 - rank) + 1, "interleaved_zb": 2 * p,
+            "zbv": 2 * p, "dualpipev": 2 * p + 1}.get(cfg.pp_schedule, v * number)
+    return min(v * number, most) if p > 1 else 1
+
+
+BUBBLES = {                        # (w, where from): the share (p - 1) / (w m + p - 1) of a step that p ranks wait
+    "gpipe": (1, "[GPipe sec 2.3]"), "1f1b": (1, "as gpipe's"), "looped_bfs": (2, "[BFS]"), "interleaved": (2, "[Megatron2 sec 2.2]"),
+    "interleaved_zb": (6, "[ZB sec 2], forward and both gradients as long"),
+    "zbv": (6, "[ZB sec 6] has 0, without the wait for the gradient's norm"),
+    "dualpipev": (6, "[DSV3 sec 3.2.1] has (p-1)(F&B+B-3W), with F&B = 2W"),
+}
+
+
+def bubble(cfg, number):
+    return (cfg.pp - 1) / (BUBBLES[cfg.pp_schedule][0] * number + cfg.pp - 1)
+
+
+def stages_of(cfg, pieces, rank):
+    """[(number, [Piece])] of the stages of a pipeline rank. Embeddings that are tied or that MTP reads stand at both ends."""
+    stages, depth = cfg.pp * PP_SCHEDULES[cfg.pp_schedule][1] if cfg.pp > 1 else 1, len(pieces["blocks"])
+    found = [number for number in range(stages) if cfg.pp == 1 or stage_owner(number, cfg.pp, cfg.pp_schedule) == rank]
+    cuts = [depth * number // stages for number in range(stages + 1)]
+    ends = {0: pieces["embed"]} | {stages - 1: (pieces["twice"] if stages > 1 else pieces["embed"]) + pieces["end"]}
+    return [(number, pieces["blocks"][cuts[number]:cuts[number + 1]] + pieces["each"] + ends.get(number, [])) for number in found]
+
+
+def spans(cfg, size):
+    """{axis: (ranks, how far they lie apart)}; eight neighbours share a node."""
+    batch = size // (cfg.pp * cfg.tp)
+    shards = batch // cfg.hsdp
+    return dict(tp=(cfg.tp, cfg.tp), cp=(cfg.cp, cfg.cp * cfg.tp), ep=(cfg.ep, cfg.ep * cfg.tp), batch=(batch, batch * cfg.tp), pp=(cfg.pp, size), ends=(min(2, cfg.pp), size),
+                shards=(shards, shards * cfg.tp), copies=(cfg.hsdp, batch * cfg.tp), expert_copies=(batch // cfg.ep, batch * cfg.tp))
+
+
+def traffic(piece, count, cfg, size, rows, number, width):
+    """Counter {(axis, collective): bytes} that a rank sends in a step for a piece."""
+    out, sizes, again = Counter(), spans(cfg, size), piece.block and cfg.ac in ("selective", "full")
+
+    def add(axis, collective, n):
+        out[axis, collective] += n * (sizes[axis][0] > 1)
+
+    for axis, there, n, more, back, m in piece.moves(cfg, rows, width) if piece.moves else ():
+        add(axis, there, number * (n + again * more))
+        add(axis, back, number * m)
+    add("tp", "all-reduce", 4 * count["tp"])
+    if piece.name == "twice" and not PP_SCHEDULES[cfg.pp_schedule][2] or piece.name == "each":
+        add("pp" if piece.name == "each" else "ends", "all-reduce", 4 * count["dense shard"])
+    for kind, axis in (("dense", "shards" if cfg.fsdp else "batch"), ("experts", "expert_copies")):
+        if not cfg.fsdp:
+            add(axis, "all-reduce", 4 * count[kind])
+            continue
+        # in a pipeline a stage stays gathered from each backward to the end of the forward after it, and its root all the step
+        times = 1 if cfg.fsdp < 3 or cfg.pp > 1 and not piece.block else number + 1 if cfg.pp > 1 else number * (1 + piece.block)
+        add(axis, "all-gather", 4 * times * count[f"{kind} gathered"])
+        add(axis, "reduce-scatter", 4 * count[f"{kind} gathered"])
+        add("copies", "all-reduce", 4 * count[f"{kind} shard"] * (kind == "dense"))
+    return out
+
+
+def planned(cfg, size, pieces, width, cuda):
+    """[{what: bytes}] of the ranks of a pipeline: what each holds and sends in a step. `width`: bytes of a number in products."""
+    rows, number = micro_batches(cfg, size)
+    T, of, out = cfg.seq_len // cfg.cp, {}, []
+    tokens, stream = rows * T, 4 * rows * -(-T // (cfg.tp if cfg.sp else 1)) * cfg.n_embd
+    for piece in {id(piece): piece for part in pieces.values() for piece in part}.values():
+        count = max((counted(piece, cfg, size, rank) for rank in {0, cfg.tp - 1}), key=lambda n: n["dense"] + n["experts"])
+        count["local"], count["shard"] = count["dense"] + count["experts"], count["dense shard"] + count["experts shard"]
+        keeps = piece.keeps(cfg, tokens, width, cuda) if piece.keeps else dict.fromkeys(("none", cfg.ac), 0)
+        of[id(piece)] = piece, count, keeps, traffic(piece, count, cfg, size, rows, number, width)
+    for rank in range(cfg.pp):
+        stages, own, sends = stages_of(cfg, pieces, rank), Counter(), Counter()
+        held = [(*of[key], times) for key, times in Counter(id(piece) for _, stage in stages for piece in stage).items()]
+        for _, count, _, moved, times in held:
+            for total, part in ((own, count), (sends, moved)):
+                for key, n in part.items():
+                    total[key] += times * n
+        for near in (stage + way for stage, _ in stages for way in (-1, 1)) if cfg.pp > 1 else ():
+            if 0 <= near < cfg.pp * len(stages) and stage_owner(near, cfg.pp, cfg.pp_schedule) != rank:
+                sends["pp", "send"] += number * stream
+        live, blocks = in_flight(cfg, rank, number) / len(stages), [(count, keeps) for piece, count, keeps, *_ in held if piece.block]
+        kept = live * sum(times * keeps[cfg.ac] for _, _, keeps, _, times in held)
+        again = max((keeps["none"] - keeps[cfg.ac] for _, keeps in blocks), default=0)           # of the block that is computed again
+        few = sum(count["local"] for piece, count, *_ in held if not piece.block) + 2 * max((count["local"] for count, _ in blocks), default=0)
+        narrow = (live if cfg.ac in ("none", "norm") else 1) * (own["cast"] - own["experts cast"] * cuda) * width * (width < 4)
+        sharded = (own["shard"] + (own["local"] if cfg.fsdp < 3 or cfg.pp > 1 else few), own["shard"] + (own["local"] if number > 1 else few))
+        weights, gradients = sharded if cfg.fsdp else (own["local"], own["local"])
+        row = dict(weights=4 * weights, gradients=4 * gradients, optimizer=8 * own["shard"], activations=kept + again + narrow)
+        macs = sum(times * piece.macs for piece, *_, times in held)
+        out.append(row | dict(total=sum(row.values()), params=own["local"], shard=own["shard"], rank=rank, stages=stages, sends=+sends,
+                              flops=6 * macs * tokens * number / cfg.tp * (4 / 3 if cfg.ac == "full" else 1)))
+    return out
+
+
+NODE, FAST, SLOW, REACHED = 8, 450e9, 50e9, 0.4        # ranks of a node; bytes a second inside and between; share of its peak that a device reaches
+
+
+def step_seconds(cfg, size, ranks, peak):
+    """(seconds of a step, of it computing, sending) of the slowest rank. Nothing is sent while something is computed, and experts are
+    visited alike: an estimate that compares layouts."""
+    number, sizes = micro_batches(cfg, size)[1], spans(cfg, size)
+
+    def sending(row):
+        share = lambda axis, what: 1 if what == "send" else (2 if what == "all-reduce" else 1) * (1 - 1 / sizes[axis][0])
+        return sum(n * share(axis, what) / (FAST if sizes[axis][1] <= NODE else SLOW) for (axis, what), n in row["sends"].items())
+
+    return max((row["flops"] / (REACHED * peak) / (1 - bubble(cfg, number)) + sending(row), row["flops"] / (REACHED * peak), sending(row))
+               for row in ranks)
+
+
+def advise(cfg, size, pieces, width, cuda, memory, peak):
+    """The legal layouts of `size` ranks that fit nine tenths of `memory`, fastest first: [(seconds, config, ranks)]. Each has the least
+    --ac that fits, and in a pipeline micro-batches of about 4,096 tokens, which keep a device busy."""
+    powers, found = lambda most: [2**i for i in range(max(1, most).bit_length())], []
+    for tp, pp, ep, schedule, fsdp in itertools.product(powers(min(NODE, size)), powers(len(pieces["blocks"])), powers(cfg.n_expert * cfg.moe),
+                                                        ("1f1b", "interleaved", "zbv"), (0, 2, 3)):
+        if size % (tp * pp * cfg.cp) or pp == 1 and schedule != "1f1b":
+            continue
+        other, rows = copy.copy(cfg), cfg.tokens_per_step // cfg.seq_len * tp * pp * cfg.cp // size
+        other.__dict__.update(tp=tp, pp=pp, ep=ep, pp_schedule=schedule, fsdp=fsdp, dp=0, hsdp=1, microbatches=0, ac="full",
+                              micro_batch=math.gcd(rows, max(1, 4096 // cfg.seq_len)) if pp > 1 else 0)
+        try:
+            refuse_layout(other, size)
+        except UsageError:
+            continue
+        fits = lambda ranks: max(row["total"] for row in ranks) <= 0.9 * memory
+        if fits(planned(other, size, pieces, width, cuda)):
+            for other.ac in ("none", "selective", "full"):
+                if fits(ranks := planned(other, size, pieces, width, cuda)):
+                    found.append((step_seconds(other, size, ranks, peak), other, ranks))
+                    break
+    return sorted(found, key=lambda item: item[0])
 
 
 # ---- Demo ----
