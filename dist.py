@@ -12,11 +12,11 @@ A checkpoint is a folder of plain tensors in the safetensors layout and one JSON
 written last; the folder gets its name by a rename when all of it is on disk. Nothing is pickled, so opening one runs no
 code, and a half-written or damaged one is recognised and passed over for the one before.
 
-Contents:    config | the world | reductions | data parallel | safetensors | checkpoints | plan | demo
+Contents:    config | the world | layouts | reductions | data parallel | safetensors | checkpoints | plan | demo
 References:
     [DDP]    PyTorch Distributed: Experiences on Accelerating Data Parallel Training, arXiv:2006.15704
     [GPipe] 1811.06965; [Megatron2] interleaved 1F1B, 2104.04473; [BFS] 2211.05953; [ZB] Zero Bubble Pipeline Parallelism, 2401.10241;
-    [DSV3] DeepSeek-V3 Technical Report, 2412.19437; [ZeRO] 1910.02054
+    [DSV3] DeepSeek-V3 Technical Report, 2412.19437
 Run me:      python dist.py      (saves a checkpoint, damages it, recovers)
              torchrun --nproc_per_node=2 dist.py      (the same, and a token-weighted mean over two ranks)
 """
@@ -120,6 +120,113 @@ def shutdown():
     if td.is_initialized():
         td.barrier()
         td.destroy_process_group()
+
+
+# ---- Layouts (which can run?) ----
+
+PP_SCHEDULES = {                   # flag --pp_schedule: torch's class, stages a rank, and do stages go forth and back over the ranks?
+    "gpipe": ("ScheduleGPipe", 1, False),                        # all forward, then all backward                       [GPipe]
+    "1f1b": ("Schedule1F1B", 1, False),                          # in turn, so that fewer micro-batches are kept
+    "looped_bfs": ("ScheduleLoopedBFS", 2, False),               # as gpipe, with shorter stages                          [BFS]
+    "interleaved": ("ScheduleInterleaved1F1B", 2, False),        # as 1f1b, with shorter stages                     [Megatron2]
+    "interleaved_zb": ("ScheduleInterleavedZeroBubble", 2, False),       # gradients of weights wait for a gap             [ZB]
+    "zbv": ("ScheduleZBVZeroBubble", 2, True),
+    "dualpipev": ("ScheduleDualPipeV", 2, True),                 # forward of one beside backward of another   [DSV3 sec 3.2.1]
+}
+RECURRENT = {"linear", "lightning", "transnormer", "gdn", "kda"}         # mixers that hand on a state instead of keys
+
+
+def stage_owner(number, pp, schedule):
+    """Rank of pp that holds a stage."""
+    _, each, mirrored = PP_SCHEDULES[schedule]
+    return each * pp - 1 - number if mirrored and number >= pp else number % pp
+
+
+@functools.cache
+def divisors(n, *others):
+    """Numbers that divide n and all others."""
+    return [d for d in range(1, n + 1) if not any(k % d for k in (n, *others))]
+
+
+def micro_batches(cfg, size):
+    """(rows of a micro-batch, micro-batches of a step) of a rank; where nothing is said the fewest of 16,384 tokens at most, in a pipeline
+    two or more a rank."""
+    rows, most = cfg.tokens_per_step // cfg.seq_len // (size // (cfg.pp * cfg.cp * cfg.tp)), max(1, 16384 // cfg.seq_len)
+    number = rows // cfg.micro_batch if cfg.micro_batch else cfg.microbatches
+    if not number:
+        fits = [n for n in divisors(rows) if n * most >= rows]
+        even = [n for n in fits if n % cfg.pp == 0] if cfg.pp > 1 else fits
+        number = ([n for n in even if n >= 2 * cfg.pp and cfg.pp > 1] or even or [rows])[0]
+    return rows // number, number
+
+
+def refuse_layout(cfg, size):
+    """Refuse a layout that `size` ranks cannot run, by the flag at fault and with values that work. It reads the config alone: before any
+    process group and any weight."""
+    least = dict(dp=0, fsdp=0, hsdp=1, tp=1, pp=1, microbatches=0, cp=1, ep=1, timeout=1, world_size=0, micro_batch=0)
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise UsageError(f"--{name}={getattr(cfg, name)} must be at least {low}, for example {max(low, getattr(DistConfig, name, 1))}")
+    for name, table in (("pp_schedule", PP_SCHEDULES), ("cp_mode", ("gather", "ulysses", "ring")), ("fsdp", range(4))):
+        if getattr(cfg, name) not in table:
+            raise UsageError(f"--{name}={getattr(cfg, name)} is not known; use one of {list(table)}")
+    pp, cp, tp, ep, H, schedule = cfg.pp, cfg.cp, cfg.tp, cfg.ep, cfg.n_head, cfg.pp_schedule
+    dp, left = divmod(size, pp * cp * tp)
+    if left or cfg.dp not in (0, dp):
+        fits = f"--dp={dp}, or leave it out" if not left else f"{max(1, round(size / (pp * cp * tp))) * pp * cp * tp} processes"
+        raise UsageError(f"--dp={cfg.dp} x " * bool(cfg.dp) + f"--pp={pp} x --cp={cp} x --tp={tp} make {max(1, cfg.dp) * pp * cp * tp} ranks"
+                         + " or a multiple of them" * (not cfg.dp) + f", and there {'is' if size == 1 else 'are'} {size}; use {fits}")
+    batch, each, mixers = dp * cp, PP_SCHEDULES[schedule][1], {name.partition("*")[0].strip() for name in (cfg.layers or cfg.attn).split(",")}
+    softmax, stages = mixers - RECURRENT, pp * each if pp > 1 else 1
+    kv = cfg.n_kv_head or (1 if "mqa" in mixers else max(1, H // 4) if "gqa" in mixers else H)
+    mirrored = cfg.cp_mode != "ulysses" and not mixers & RECURRENT and cfg.arch == "decoder"           # then a rank has two pieces of a row
+    cuts, unit = cp * (1 + mirrored), cfg.seq_len * dp * max(1, cfg.micro_batch)
+    low, ours = cfg.tokens_per_step // unit * unit, f" x --micro_batch={cfg.micro_batch}" * bool(cfg.micro_batch)
+    refuse_first((                 # (is it wrong?, what to say)
+        (cfg.world_size and not cfg.plan, f"--world_size={cfg.world_size} is for --plan, which plans a cluster that is not there; add that"),
+        (cfg.hsdp > 1 and not cfg.fsdp, f"--hsdp={cfg.hsdp} makes copies of sharded weights; give it --fsdp, or leave it out"),
+        (batch % cfg.hsdp, f"--hsdp={cfg.hsdp} does not divide dp x cp = {batch} ranks; use one of {divisors(batch)[:12]}"),
+        (H % tp, f"--tp={tp} does not divide --n_head={H}: ranks share heads equally; use one of {divisors(H)}"),
+        (softmax - {"mla"} and kv % tp and tp % kv, f"--tp={tp} and {kv} key heads: one must divide the other; use {divisors(H, kv)[-1]}"),
+        (tp > cfg.vocab_size, f"--tp={tp} is more than --vocab_size={cfg.vocab_size}; use one of {divisors(H)}"),
+        (ep > 1 and not cfg.moe, f"--ep={ep} deals out experts, of which there are none; give it --moe, or leave it out"),
+        (ep > 1 and cfg.n_expert % ep, f"--ep={ep} does not divide --n_expert={cfg.n_expert}; use one of {divisors(cfg.n_expert, batch)}"),
+        (batch % ep, f"--ep={ep} does not divide dp x cp = {batch} ranks, which it shares; use one of {divisors(batch, cfg.n_expert)}"),
+        (cp > 1 and cfg.seq_len % cuts, f"--cp={cp} cuts rows into {cuts} pieces, and --seq_len={cfg.seq_len} is no multiple of that; use "
+         f"--seq_len={max(1, cfg.seq_len // cuts) * cuts}"),
+        (cp > 1 and cfg.cp_mode == "ulysses" and softmax and H % (tp * cp), f"--cp_mode=ulysses shares heads, and --cp={cp} x --tp={tp} does not "
+         f"divide --n_head={H}; use --cp={divisors(max(1, H // tp))[-1]} or another mode"),
+        (cp > 1 and cfg.cp_mode == "ring" and (cfg.attn_dropout or cfg.pos == "shaw"),
+         "--cp_mode=ring has neither --attn_dropout nor --pos=shaw; use --cp_mode=gather"),
+        (pp > 1 and cfg.arch == "encdec", f"--pp={pp} cuts one stack of blocks, and --arch=encdec has two; use --pp=1"),
+        (cfg.n_layer < stages, f"--pp={pp} with --pp_schedule={schedule} has {stages} stages, more than --n_layer={cfg.n_layer} blocks; use "
+         f"--pp={max(1, cfg.n_layer // each)}" + " or --pp_schedule=1f1b" * (each > 1)),
+        (cfg.norm == "batch" and size > 1, "--norm=batch takes its statistics over the rows of one rank, so ranks would train different "
+         "models; use one, or another --norm"),
+        (cfg.compile and pp > 1 and schedule in ("interleaved_zb", "zbv", "dualpipev"),
+         f"--pp_schedule={schedule} splits backward in two, which compiled blocks cannot; use --compile=false or --pp_schedule=1f1b"),
+        (low != cfg.tokens_per_step, f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len}{ours} "
+         f"x dp {dp}); use " + " or ".join(f"--tokens_per_step={n}" for n in (low, low + unit) if n)),
+    ))
+    rows, number = cfg.tokens_per_step // cfg.seq_len // dp, micro_batches(cfg, size)[1]
+    enough = dict(gpipe=1, dualpipev=stages).get(schedule, pp) if pp > 1 else 1
+    uneven = lambda n: pp > 1 and schedule.startswith("interleaved") and n % max(1, n // pp)
+    fits = [n for n in divisors(rows) if n >= enough and not uneven(n)]
+    use = f"; use one of {fits}" if fits else f"; use --tokens_per_step={enough * cfg.seq_len * dp}"
+    refuse_first((
+        (cfg.microbatches and rows % cfg.microbatches, f"--microbatches={cfg.microbatches} does not divide the {rows} rows of a rank{use}"),
+        (cfg.microbatches and number != cfg.microbatches, f"--microbatches={cfg.microbatches} of --micro_batch={cfg.micro_batch} rows are not "
+         f"the {rows} rows of a rank; leave one of them out"),
+        (number < enough, f"{number} micro-batches of a rank are fewer than the {enough} that --pp={pp} with --pp_schedule={schedule} needs; "
+         + (f"use --microbatches={fits[0]}" if fits else f"use --tokens_per_step={enough * cfg.seq_len * dp} or more")),
+        (uneven(number), f"--microbatches={number} do not come in rounds of one length, as --pp_schedule={schedule} needs{use}"),
+    ))
+
+
+def refuse_first(table):
+    for wrong, message in table:
+        if wrong:
+            raise UsageError(message)
 
 
 # ---- Reductions (one number from all ranks) ----
@@ -338,141 +445,41 @@ def newest_checkpoint(folder, say=print):
 
 # ---- Plan (what would it take?) ----
 
-# Nothing is built: parameters are counted by how they are cut, activations by what the layers keep (model.py:pieces), and bytes on the
-# network by what sends them, of one rank and one step: an all-reduce counts its tensor, an all-gather its output, a reduce-scatter and an
+# Nothing is built: parameters are counted by how they are cut, activations by what layers keep (model.py:pieces), and bytes on the network
+# by what sends them, of one rank and one step: an all-reduce counts its tensor, an all-gather its output, a reduce-scatter and an
 # all-to-all their input, a send what is sent.
-
-PP_SCHEDULES = {                   # flag --pp_schedule: torch's class, stages a rank, and do stages go forth and back over the ranks?
-    "gpipe": ("ScheduleGPipe", 1, False),                        # all forward, then all backward                       [GPipe]
-    "1f1b": ("Schedule1F1B", 1, False),                          # in turn, so that fewer micro-batches are kept
-    "looped_bfs": ("ScheduleLoopedBFS", 2, False),               # as gpipe, with shorter stages                          [BFS]
-    "interleaved": ("ScheduleInterleaved1F1B", 2, False),        # as 1f1b, with shorter stages                     [Megatron2]
-    "interleaved_zb": ("ScheduleInterleavedZeroBubble", 2, False),       # gradients of weights wait for a gap             [ZB]
-    "zbv": ("ScheduleZBVZeroBubble", 2, True),
-    "dualpipev": ("ScheduleDualPipeV", 2, True),                 # forward of one beside backward of another   [DSV3 sec 3.2.1]
-}
-CP_MODES = ("gather", "ulysses", "ring")
-RECURRENT = {"linear", "lightning", "transnormer", "gdn", "kda"}         # mixers that hand on a state instead of keys
-
-
-def stage_owner(number, pp, schedule):
-    """Rank of pp that holds a stage."""
-    _, each, mirrored = PP_SCHEDULES[schedule]
-    return each * pp - 1 - number if mirrored and number >= pp else number % pp
-
-
-@functools.cache
-def divisors(n, *others):
-    """Numbers that divide n and all others."""
-    return [d for d in range(1, n + 1) if not any(k % d for k in (n, *others))]
-
-
-def micro_batches(cfg, size):
-    """(rows of a micro-batch, micro-batches of a step) of a rank; where nothing is said two a stage, or at most 16,384 tokens at once."""
-    rows, most = cfg.tokens_per_step // cfg.seq_len // (size // (cfg.pp * cfg.cp * cfg.tp)), max(1, 16384 // cfg.seq_len)
-    number = rows // cfg.micro_batch if cfg.micro_batch else cfg.microbatches
-    if not number and cfg.pp > 1:
-        number = max(n for n in divisors(rows) if n <= 2 * cfg.pp * PP_SCHEDULES[cfg.pp_schedule][1])
-    number = number or min(n for n in divisors(rows) if n * most >= rows)
-    return rows // number, number
-
-
-def refuse_layout(cfg, size):
-    """Refuse a layout that `size` ranks cannot run, by the flag at fault and values that work. It takes the whole config, before any
-    process group and any weight."""
-    least = dict(dp=0, fsdp=0, hsdp=1, tp=1, pp=1, microbatches=0, cp=1, ep=1, timeout=1, world_size=0)
-    for name, low in least.items():
-        if getattr(cfg, name) < low:
-            raise UsageError(f"--{name}={getattr(cfg, name)} must be at least {low}, for example {max(low, getattr(DistConfig, name))}")
-    for name, table in (("pp_schedule", PP_SCHEDULES), ("cp_mode", CP_MODES), ("fsdp", range(4))):
-        if getattr(cfg, name) not in table:
-            raise UsageError(f"--{name}={getattr(cfg, name)} is not known; use one of {list(table)}")
-    pp, cp, tp, ep, per_copy, H = cfg.pp, cfg.cp, cfg.tp, cfg.ep, cfg.pp * cfg.cp * cfg.tp, cfg.n_head
-    if size % per_copy or cfg.dp not in (0, size // per_copy):
-        copies = f"--dp={cfg.dp} x " if cfg.dp else ""
-        near = max(1, round(size / per_copy)) * per_copy
-        fits = f"--dp={size // per_copy}, or leave it out" if size % per_copy == 0 else f"{near} processes"
-        raise UsageError(f"{copies}--pp={pp} x --cp={cp} x --tp={tp} make {(cfg.dp or 1) * per_copy} ranks"
-                         f"{'' if cfg.dp else ' or a multiple of that'}, and there {'is' if size == 1 else 'are'} {size}; use {fits}")
-    dp = size // per_copy
-    batch, mixers = dp * cp, {item.partition("*")[0].strip() for item in (cfg.layers or cfg.attn).split(",")}
-    schedule, (_, each, _) = cfg.pp_schedule, PP_SCHEDULES[cfg.pp_schedule]
-    softmax, stages, in_order = mixers - RECURRENT, pp * each if pp > 1 else 1, cfg.cp_mode == "ulysses" or mixers & RECURRENT or cfg.arch != "decoder"
-    kv = 0 if not softmax - {"mla"} else cfg.n_kv_head or (1 if "mqa" in mixers else max(1, H // 4) if "gqa" in mixers else H)
-    pieces, unit = cp if in_order else 2 * cp, cfg.seq_len * dp * max(1, cfg.micro_batch)
-    low = cfg.tokens_per_step // unit * unit
-    table = (                      # (what is wrong, what to say)
-        (cfg.world_size and not cfg.plan, f"--world_size={cfg.world_size} is a cluster to plan for; give it --plan, or start as many processes"),
-        (cfg.hsdp > 1 and not cfg.fsdp, f"--hsdp={cfg.hsdp} makes copies of sharded weights; give it --fsdp, or leave it out"),
-        (batch % cfg.hsdp, f"--hsdp={cfg.hsdp} does not divide dp x cp = {batch} ranks; use one of {divisors(batch)[:12]}"),
-        (H % tp, f"--tp={tp} does not divide --n_head={H}: ranks share heads equally; use one of {divisors(H)}"),
-        (kv and kv % tp and tp % kv, f"--tp={tp} and {kv} key heads: one must divide the other; use one of {divisors(H, kv)}"),
-        (tp > cfg.vocab_size, f"--tp={tp} is more than --vocab_size={cfg.vocab_size}; use one of {divisors(H)}"),
-        (ep > 1 and not cfg.moe, f"--ep={ep} deals out experts, of which there are none; give it --moe, or leave it out"),
-        (ep > 1 and cfg.n_expert % ep, f"--ep={ep} does not divide --n_expert={cfg.n_expert}; use one of {divisors(cfg.n_expert, batch)}"),
-        (batch % ep, f"--ep={ep} does not divide dp x cp = {batch} ranks, from which it is taken; use one of {divisors(batch, cfg.n_expert)}"),
-        (cp > 1 and cfg.seq_len % pieces, f"--cp={cp} cuts rows into {pieces} pieces, which --seq_len={cfg.seq_len} does not divide into; "
-         f"use --seq_len={max(1, cfg.seq_len // pieces) * pieces}"),
-        (cp > 1 and cfg.cp_mode == "ulysses" and softmax and H % (tp * cp),
-         f"--cp_mode=ulysses shares heads: --cp={cp} x --tp={tp} does not divide --n_head={H}; use --cp={divisors(H // tp)[-1]} or another mode"),
-        (cp > 1 and cfg.cp_mode == "ring" and (cfg.attn_dropout or cfg.pos == "shaw"),
-         "--cp_mode=ring has neither --attn_dropout nor --pos=shaw; use --cp_mode=gather"),
-        (pp > 1 and cfg.arch != "decoder", f"--pp={pp} cuts a stack of blocks, and --arch={cfg.arch} has more than one way through; use --pp=1"),
-        (cfg.n_layer < stages, f"--pp={pp} with --pp_schedule={schedule} has {stages} stages, more than --n_layer={cfg.n_layer} blocks; use "
-         f"--pp={max(1, cfg.n_layer // each)}" + " or --pp_schedule=1f1b" * (each > 1)),
-        (cfg.microbatches and pp == 1, f"--microbatches={cfg.microbatches} are those of a pipeline; use --micro_batch, or --pp=2"),
-        (cfg.norm == "batch" and size > 1, "--norm=batch takes its statistics over the rows of one rank, so ranks would train different "
-         "models; use one, or another --norm"),
-        (cfg.compile and pp > 1 and schedule in ("interleaved_zb", "zbv", "dualpipev"),
-         f"--pp_schedule={schedule} splits backward in two, which compiled blocks cannot; use --compile=false or --pp_schedule=1f1b"),
-        (low != cfg.tokens_per_step, f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len} x "
-         + f"--micro_batch={cfg.micro_batch} x " * bool(cfg.micro_batch) + f"dp {dp}); use "
-         + " or ".join(f"--tokens_per_step={n}" for n in (low, low + unit) if n)),
-    )
-    for wrong, message in table:
-        if wrong:
-            raise UsageError(message)
-    rows = cfg.tokens_per_step // cfg.seq_len // dp
-    number = micro_batches(cfg, size)[1]
-    wanted = rows // cfg.micro_batch if cfg.micro_batch else number
-    least, rounds = {"1f1b": pp, "dualpipev": stages}.get(schedule, 1), max(1, number // pp) if schedule.startswith("interleaved") else 1
-    fits = [n for n in divisors(rows) if n >= least and not (schedule.startswith("interleaved") and n % max(1, n // pp))]
-    hint = f"use one of {fits}" if fits else f"use --tokens_per_step={least * cfg.seq_len * dp} or more"
-    for wrong, message in (
-            (cfg.microbatches and rows % cfg.microbatches, f"does not divide the {rows} rows of a rank"),
-            (cfg.microbatches and wanted != cfg.microbatches, f"and --micro_batch={cfg.micro_batch} make more or less than the {rows} rows of a rank"),
-            (number < least, f"({number}) are fewer than the {least} that --pp_schedule={schedule} needs"),
-            (number % rounds, f"({number}) do not come in rounds of equal length, as --pp_schedule={schedule} needs")):
-        if pp > 1 and wrong:
-            raise UsageError(f"--microbatches={cfg.microbatches} {message}; {hint}")
-
 
 @dataclass(frozen=True)
 class Held:
     """A parameter, and how a layout cuts it."""
     shape: tuple
-    dim: int = None                # what tp cuts; None: all of it is on every rank, -1: on the first
+    dim: int = None                # what tp cuts; None: every rank has all of it, -1: the first has
     parts: int = 1                 # in how many parts that dimension comes
     heads: int = 0                 # key heads in it: tp must divide them, or it stays whole
     expert: bool = False           # ep cuts its first dimension
-    cast: bool = False             # products read a narrow copy of it, which is kept for backward
-    inside: bool = True            # a layer reads it whose work tp shares, so its gradients are parts of a sum
+    cast: bool = False             # products read a narrow copy of it, which backward reads, too
+    inside: bool = True            # it is read by what tp shares, so its gradients are parts of a sum
 
 
 @dataclass
 class Piece:
-    """Of what stages are made: a block, what comes before them, what ends the model."""
+    """What stages are made of: a block, what comes before them, what ends the model. Functions of it take the config first."""
     name: str
     held: list                     # [Held]
     macs: float = 0.0              # multiply-adds of a token
-    keeps: object = None           # f(cfg, tokens, size of a number in products, cuda) -> {--ac: bytes kept for backward}
-    moves: object = None           # f(cfg, rows, size) -> [(axis, collective there, bytes, bytes once more where a block runs again, collective back, bytes)]
-    block: bool = False            # a unit of FSDP by itself
+    keeps: object = lambda cfg, tokens, width, cuda: dict(none=0, norm=0, selective=0, full=0)         # bytes for backward, by --ac
+    moves: object = lambda cfg, rows, width: []        # [(axis, collective, bytes, bytes when a block runs again, collective back, bytes)]
+    block: bool = False            # a unit of FSDP, and of --ac
+
+
+def shard_dim(shape, n):
+    """The dimension of which n ranks of FSDP hold a part each: the first, unless it is too short and another divides."""
+    return 0 if shape[0] >= n else next((dim for dim, k in enumerate(shape) if k and k % n == 0), 0)
 
 
 def counted(piece, cfg, size, rank=0):
-    """Numbers of a piece on rank `rank` of tp: `dense` and `experts`, where fsdp shards them the largest part of each and what is gathered
-    (all parts as large), those that products read as narrow copies, and those whose gradients tp adds up."""
+    """Numbers of a piece on rank `rank` of tp: `dense` and `experts` as layers see them, the largest `shard` of each, `gathered` all shards
+    padded to that, what is `cast` for products, and whose gradients `tp` adds up."""
     out, batch = Counter(), size // (cfg.pp * cfg.tp)
     for held in piece.held:
         shape, expert = list(held.shape), held.expert and cfg.ep > 1
@@ -483,32 +490,29 @@ def counted(piece, cfg, size, rank=0):
         elif cut:
             each = shape[held.dim] // held.parts
             shape[held.dim] = held.parts * (each * (rank + 1) // cfg.tp - each * rank // cfg.tp)
-        n, kind, shards = math.prod(shape), "experts" if expert else "dense", batch // (cfg.ep if expert else cfg.hsdp) if cfg.fsdp else 1
+        n, kind = math.prod(shape), "experts" if expert else "dense"
+        shards = batch // (cfg.ep if expert else cfg.hsdp) if cfg.fsdp else 1
         dim = shard_dim(shape, shards)
-        part = n // max(1, shape[dim]) * -(-shape[dim] // shards)
-        out.update({kind: n, f"{kind} shard": part, f"{kind} gathered": part * shards, "cast": n * held.cast,
-                    "experts cast": n * held.expert, "tp": part * (cfg.tp > 1 and not cut and (cfg.sp or held.inside))})
+        shard = n // max(1, shape[dim]) * -(-shape[dim] // shards)
+        out.update({kind: n, f"{kind} shard": shard, f"{kind} gathered": shard * shards, "local": n, "shard": shard, "cast": n * held.cast,
+                    "experts cast": n * held.expert, "tp": shard * (cfg.tp > 1 and not cut and (cfg.sp or held.inside))})
     return out
 
 
-def shard_dim(shape, n):
-    """The dimension of which n ranks of FSDP hold a part each: the first, unless it is too short and another divides."""
-    return 0 if shape[0] >= n else next((dim for dim, k in enumerate(shape) if k and k % n == 0), 0)
-
-
 def in_flight(cfg, rank, number):
-    """Micro-batches, times stages, whose activations a pipeline rank holds at most, in torch's orders."""
-    p, v = cfg.pp, PP_SCHEDULES[cfg.pp_schedule][1] if cfg.pp > 1 else 1
-    most = {"1f1b": p - rank, "interleaved": (v - 1) * (number // max(1, number // p)) + 2 * (p - 1 - rank) + 1, "interleaved_zb": 2 * p,
-            "zbv": 2 * p, "dualpipev": 2 * p + 1}.get(cfg.pp_schedule, v * number)
-    return min(v * number, most) if p > 1 else 1
+    """For each stage of a pipeline rank the micro-batches whose activations it holds when the rank holds most, in torch's orders."""
+    p, m = cfg.pp, number
+    late, round_of = 2 * (p - rank) - 1, m // max(1, m // p)
+    held = {"gpipe": [m], "1f1b": [p - rank], "looped_bfs": [m, m], "interleaved": [round_of + late - min(round_of, late), min(round_of, late)],
+            "interleaved_zb": [p, p], "zbv": [2 * p - rank - 1, rank + 1], "dualpipev": [2 * p - rank, rank + 1]}[cfg.pp_schedule]
+    return [min(m, n) for n in held] if p > 1 else [1]
 
 
-BUBBLES = {                        # (w, where from): the share (p - 1) / (w m + p - 1) of a step that p ranks wait
-    "gpipe": (1, "[GPipe sec 2.3]"), "1f1b": (1, "as gpipe's"), "looped_bfs": (2, "[BFS]"), "interleaved": (2, "[Megatron2 sec 2.2]"),
-    "interleaved_zb": (6, "[ZB sec 2], forward and both gradients as long"),
+BUBBLES = {                        # (w, where from): p ranks wait (p - 1) / (w m + p - 1) of a step of m micro-batches
+    "gpipe": (1, "[GPipe sec 2.3]"), "1f1b": (1, "as gpipe"), "looped_bfs": (2, "[BFS]"), "interleaved": (2, "[Megatron2 sec 2.2]"),
+    "interleaved_zb": (6, "[ZB sec 2.1], forward and both gradients as long"),
     "zbv": (6, "[ZB sec 6] has 0, without the wait for the gradient's norm"),
-    "dualpipev": (6, "[DSV3 sec 3.2.1] has (p-1)(F&B+B-3W), with F&B = 2W"),
+    "dualpipev": (6, "[DSV3 sec 3.2.1] has (p-1)(F&B+B-3W), here with F&B = B = 2W"),
 }
 
 
@@ -517,115 +521,115 @@ def bubble(cfg, number):
 
 
 def stages_of(cfg, pieces, rank):
-    """[(number, [Piece])] of the stages of a pipeline rank. Embeddings that are tied or that MTP reads stand at both ends."""
-    stages, depth = cfg.pp * PP_SCHEDULES[cfg.pp_schedule][1] if cfg.pp > 1 else 1, len(pieces["blocks"])
-    found = [number for number in range(stages) if cfg.pp == 1 or stage_owner(number, cfg.pp, cfg.pp_schedule) == rank]
-    cuts = [depth * number // stages for number in range(stages + 1)]
-    ends = {0: pieces["embed"]} | {stages - 1: (pieces["twice"] if stages > 1 else pieces["embed"]) + pieces["end"]}
-    return [(number, pieces["blocks"][cuts[number]:cuts[number + 1]] + pieces["each"] + ends.get(number, [])) for number in found]
+    """([[Piece]] of the stages of a pipeline rank, how many neighbours they have on other ranks, are embeddings shared with another rank?).
+    Embeddings that are tied or that MTP reads stand at both ends."""
+    count, depth = cfg.pp * PP_SCHEDULES[cfg.pp_schedule][1] if cfg.pp > 1 else 1, len(pieces["blocks"])
+    owner = [stage_owner(number, cfg.pp, cfg.pp_schedule) for number in range(count)]
+    cuts = [depth * number // count for number in range(count + 1)]
+    ends = {0: pieces["embed"]} | {count - 1: (pieces["twice"] if count > 1 else pieces["embed"]) + pieces["end"]}
+    stages = [pieces["blocks"][cuts[i]:cuts[i + 1]] + pieces["each"] + ends.get(i, []) for i in range(count) if owner[i] == rank]
+    borders = sum(a != b and rank in (a, b) for a, b in zip(owner, owner[1:]))
+    return stages, borders, rank in (owner[0], owner[-1]) and owner[0] != owner[-1]
 
 
 def spans(cfg, size):
-    """{axis: (ranks, how far they lie apart)}; eight neighbours share a node."""
-    batch = size // (cfg.pp * cfg.tp)
-    shards = batch // cfg.hsdp
-    return dict(tp=(cfg.tp, cfg.tp), cp=(cfg.cp, cfg.cp * cfg.tp), ep=(cfg.ep, cfg.ep * cfg.tp), batch=(batch, batch * cfg.tp), pp=(cfg.pp, size), ends=(min(2, cfg.pp), size),
-                shards=(shards, shards * cfg.tp), copies=(cfg.hsdp, batch * cfg.tp), expert_copies=(batch // cfg.ep, batch * cfg.tp))
+    """{axis: (its ranks, how many ranks lie from the first to the last)}"""
+    batch, tp = size // (cfg.pp * cfg.tp), cfg.tp
+    return dict(tp=(tp, tp), cp=(cfg.cp, cfg.cp * tp), ep=(cfg.ep, cfg.ep * tp), batch=(batch, batch * tp), pp=(cfg.pp, size), ends=(2, size),
+                shards=(batch // cfg.hsdp, batch // cfg.hsdp * tp), copies=(cfg.hsdp, batch * tp), expert_copies=(batch // cfg.ep, batch * tp))
 
 
-def traffic(piece, count, cfg, size, rows, number, width):
+def traffic(piece, count, cfg, size, width):
     """Counter {(axis, collective): bytes} that a rank sends in a step for a piece."""
-    out, sizes, again = Counter(), spans(cfg, size), piece.block and cfg.ac in ("selective", "full")
+    out, sizes, (rows, number) = Counter(), spans(cfg, size), micro_batches(cfg, size)
+    again = piece.block and cfg.ac in ("selective", "full")
 
     def add(axis, collective, n):
         out[axis, collective] += n * (sizes[axis][0] > 1)
 
-    for axis, there, n, more, back, m in piece.moves(cfg, rows, width) if piece.moves else ():
+    for axis, there, n, more, back, m in piece.moves(cfg, rows, width):
         add(axis, there, number * (n + again * more))
         add(axis, back, number * m)
     add("tp", "all-reduce", 4 * count["tp"])
-    if piece.name == "twice" and not PP_SCHEDULES[cfg.pp_schedule][2] or piece.name == "each":
-        add("pp" if piece.name == "each" else "ends", "all-reduce", 4 * count["dense shard"])
-    for kind, axis in (("dense", "shards" if cfg.fsdp else "batch"), ("experts", "expert_copies")):
-        if not cfg.fsdp:
-            add(axis, "all-reduce", 4 * count[kind])
-            continue
-        # in a pipeline a stage stays gathered from each backward to the end of the forward after it, and its root all the step
-        times = 1 if cfg.fsdp < 3 or cfg.pp > 1 and not piece.block else number + 1 if cfg.pp > 1 else number * (1 + piece.block)
-        add(axis, "all-gather", 4 * times * count[f"{kind} gathered"])
-        add(axis, "reduce-scatter", 4 * count[f"{kind} gathered"])
-        add("copies", "all-reduce", 4 * count[f"{kind} shard"] * (kind == "dense"))
+    add("pp", "all-reduce", 4 * count["shard"] * (piece.name == "each"))
+    # in a pipeline a stage stays gathered from each backward to the end of the forward after it, and what is outside of blocks all the step
+    times = 1 if cfg.fsdp < 3 or cfg.pp > 1 and not piece.block else number + 1 if cfg.pp > 1 else number * (1 + piece.block)
+    for kind, axis in (("dense", "shards"), ("experts", "expert_copies")):
+        if cfg.fsdp:
+            add(axis, "all-gather", 4 * times * count[f"{kind} gathered"])
+            add(axis, "reduce-scatter", 4 * count[f"{kind} gathered"])
+            add("copies", "all-reduce", 4 * count[f"{kind} shard"] * (kind == "dense"))
+        else:
+            add(axis.replace("shards", "batch"), "all-reduce", 4 * count[kind])
     return out
 
 
 def planned(cfg, size, pieces, width, cuda):
-    """[{what: bytes}] of the ranks of a pipeline: what each holds and sends in a step. `width`: bytes of a number in products."""
+    """[{what: bytes}] of the ranks of a pipeline: what each holds and sends. `width`: bytes of a number in products. Weights, gradients and
+    the two moments are float32; the fullest rank of tp counts."""
+    if size == cfg.pp * cfg.tp:                                  # nobody to shard with
+        cfg = copy.copy(cfg)
+        cfg.fsdp = 0
     rows, number = micro_batches(cfg, size)
-    T, of, out = cfg.seq_len // cfg.cp, {}, []
-    tokens, stream = rows * T, 4 * rows * -(-T // (cfg.tp if cfg.sp else 1)) * cfg.n_embd
-    for piece in {id(piece): piece for part in pieces.values() for piece in part}.values():
-        count = max((counted(piece, cfg, size, rank) for rank in {0, cfg.tp - 1}), key=lambda n: n["dense"] + n["experts"])
-        count["local"], count["shard"] = count["dense"] + count["experts"], count["dense shard"] + count["experts shard"]
-        keeps = piece.keeps(cfg, tokens, width, cuda) if piece.keeps else dict.fromkeys(("none", cfg.ac), 0)
-        of[id(piece)] = piece, count, keeps, traffic(piece, count, cfg, size, rows, number, width)
+    T, of, out, kinds = cfg.seq_len // cfg.cp, {}, [], {id(piece): piece for part in pieces.values() for piece in part}.values()
+    stream = 4 * rows * -(-T // (cfg.tp if cfg.sp else 1)) * cfg.n_embd
+    ways = [[counted(piece, cfg, size, rank) for piece in kinds] for rank in {0, cfg.tp - 1}]
+    for piece, count in zip(kinds, max(ways, key=lambda way: sum(count["local"] for count in way))):
+        of[id(piece)] = piece, count, piece.keeps(cfg, rows * T, width, cuda), traffic(piece, count, cfg, size, width)
     for rank in range(cfg.pp):
-        stages, own, sends = stages_of(cfg, pieces, rank), Counter(), Counter()
-        held = [(*of[key], times) for key, times in Counter(id(piece) for _, stage in stages for piece in stage).items()]
-        for _, count, _, moved, times in held:
-            for total, part in ((own, count), (sends, moved)):
-                for key, n in part.items():
-                    total[key] += times * n
-        for near in (stage + way for stage, _ in stages for way in (-1, 1)) if cfg.pp > 1 else ():
-            if 0 <= near < cfg.pp * len(stages) and stage_owner(near, cfg.pp, cfg.pp_schedule) != rank:
-                sends["pp", "send"] += number * stream
-        live, blocks = in_flight(cfg, rank, number) / len(stages), [(count, keeps) for piece, count, keeps, *_ in held if piece.block]
-        kept = live * sum(times * keeps[cfg.ac] for _, _, keeps, _, times in held)
-        again = max((keeps["none"] - keeps[cfg.ac] for _, keeps in blocks), default=0)           # of the block that is computed again
-        few = sum(count["local"] for piece, count, *_ in held if not piece.block) + 2 * max((count["local"] for count, _ in blocks), default=0)
-        narrow = (live if cfg.ac in ("none", "norm") else 1) * (own["cast"] - own["experts cast"] * cuda) * width * (width < 4)
-        sharded = (own["shard"] + (own["local"] if cfg.fsdp < 3 or cfg.pp > 1 else few), own["shard"] + (own["local"] if number > 1 else few))
-        weights, gradients = sharded if cfg.fsdp else (own["local"], own["local"])
-        row = dict(weights=4 * weights, gradients=4 * gradients, optimizer=8 * own["shard"], activations=kept + again + narrow)
-        macs = sum(times * piece.macs for piece, *_, times in held)
-        out.append(row | dict(total=sum(row.values()), params=own["local"], shard=own["shard"], rank=rank, stages=stages, sends=+sends,
-                              flops=6 * macs * tokens * number / cfg.tp * (4 / 3 if cfg.ac == "full" else 1)))
+        (stages, borders, at_end), own, sends, kept, narrow, macs = stages_of(cfg, pieces, rank), Counter(), Counter(), 0, 0, 0
+        for live, stage in zip(in_flight(cfg, rank, number), stages):
+            for piece, count, keeps, moved in (of[id(piece)] for piece in stage):
+                for total, part in ((own, count), (sends, moved)):
+                    for key, n in part.items():
+                        total[key] += n
+                own["in blocks"] += count["local"] * piece.block
+                kept, macs = kept + live * keeps[cfg.ac], macs + piece.macs
+                narrow += (count["cast"] - count["experts cast"] * cuda) * (live if cfg.ac in ("none", "norm") else 1)
+        sends["pp", "send"] += number * stream * borders         # the stream to the one, its gradient to the other
+        sends["ends", "all-reduce"] += 4 * at_end * sum(of[id(piece)][1]["shard"] for piece in pieces["twice"])
+        blocks = [of[id(piece)] for stage in stages for piece in stage if piece.block]
+        again = max(keeps["none"] - keeps[cfg.ac] for *_, keeps, _ in blocks)                  # of the block that is computed again
+        two = own["local"] - own["in blocks"] + 2 * max(count["local"] for _, count, *_ in blocks)
+        whole = dict(weights=two if cfg.fsdp == 3 and cfg.pp == 1 else own["local"], gradients=two if number == 1 else own["local"])
+        row = {name: 4 * (own["shard"] + n if cfg.fsdp else n) for name, n in whole.items()}     # FSDP: the shard, and what is gathered
+        row |= dict(optimizer=8 * own["shard"], activations=kept + again + narrow * width * (width < 4))
+        flops = 6 * macs * rows * T * number / cfg.tp * (4 / 3 if cfg.ac == "full" else 1)
+        row["total"] = sum(row.values())
+        out.append(row | dict(params=own["local"], shard=own["shard"], rank=rank, stages=stages, sends=+sends, flops=flops))
     return out
 
 
-NODE, FAST, SLOW, REACHED = 8, 450e9, 50e9, 0.4        # ranks of a node; bytes a second inside and between; share of its peak that a device reaches
+NODE, FAST, SLOW, REACHED = 8, 450e9, 50e9, 0.4        # ranks of a node; bytes a second in and between nodes; share of the peak that is reached
 
 
 def step_seconds(cfg, size, ranks, peak):
-    """(seconds of a step, of it computing, sending) of the slowest rank. Nothing is sent while something is computed, and experts are
-    visited alike: an estimate that compares layouts."""
+    """(seconds of a step, of it computing, sending) of the slowest rank, to compare layouts: nothing is sent while something is computed."""
     number, sizes = micro_batches(cfg, size)[1], spans(cfg, size)
 
     def sending(row):
-        share = lambda axis, what: 1 if what == "send" else (2 if what == "all-reduce" else 1) * (1 - 1 / sizes[axis][0])
+        share = lambda axis, what: 1 if what == "send" else (1 + (what == "all-reduce")) * (1 - 1 / sizes[axis][0])
         return sum(n * share(axis, what) / (FAST if sizes[axis][1] <= NODE else SLOW) for (axis, what), n in row["sends"].items())
 
-    return max((row["flops"] / (REACHED * peak) / (1 - bubble(cfg, number)) + sending(row), row["flops"] / (REACHED * peak), sending(row))
-               for row in ranks)
+    computing = [row["flops"] / (REACHED * peak) for row in ranks]
+    return max((work / (1 - bubble(cfg, number)) + sending(row), work, sending(row)) for work, row in zip(computing, ranks))
 
 
 def advise(cfg, size, pieces, width, cuda, memory, peak):
-    """The legal layouts of `size` ranks that fit nine tenths of `memory`, fastest first: [(seconds, config, ranks)]. Each has the least
+    """The legal layouts of `size` ranks that fit nine tenths of `memory`, fastest first: [(step_seconds, config, planned)]. Each has the least
     --ac that fits, and in a pipeline micro-batches of about 4,096 tokens, which keep a device busy."""
     powers, found = lambda most: [2**i for i in range(max(1, most).bit_length())], []
-    for tp, pp, ep, schedule, fsdp in itertools.product(powers(min(NODE, size)), powers(len(pieces["blocks"])), powers(cfg.n_expert * cfg.moe),
-                                                        ("1f1b", "interleaved", "zbv"), (0, 2, 3)):
-        if size % (tp * pp * cfg.cp) or pp == 1 and schedule != "1f1b":
-            continue
+    axes = powers(min(NODE, size)), powers(len(pieces["blocks"])), powers(cfg.n_expert * cfg.moe), ("1f1b", "interleaved", "zbv"), (0, 2, 3)
+    for tp, pp, ep, schedule, fsdp in itertools.product(*axes):
         other, rows = copy.copy(cfg), cfg.tokens_per_step // cfg.seq_len * tp * pp * cfg.cp // size
         other.__dict__.update(tp=tp, pp=pp, ep=ep, pp_schedule=schedule, fsdp=fsdp, dp=0, hsdp=1, microbatches=0, ac="full",
                               micro_batch=math.gcd(rows, max(1, 4096 // cfg.seq_len)) if pp > 1 else 0)
-        try:
-            refuse_layout(other, size)
-        except UsageError:
+        if pp == 1 and schedule != "1f1b":
             continue
-        fits = lambda ranks: max(row["total"] for row in ranks) <= 0.9 * memory
-        if fits(planned(other, size, pieces, width, cuda)):
-            for other.ac in ("none", "selective", "full"):
+        with contextlib.suppress(UsageError):
+            refuse_layout(other, size)
+            fits = lambda ranks: max(row["total"] for row in ranks) <= 0.9 * memory
+            for other.ac in ("none", "selective", "full") if fits(planned(other, size, pieces, width, cuda)) else ():
                 if fits(ranks := planned(other, size, pieces, width, cuda)):
                     found.append((step_seconds(other, size, ranks, peak), other, ranks))
                     break

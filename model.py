@@ -1198,7 +1198,7 @@ def pieces(model):
     cfg, groups = model.cfg, {}
     for name, p in model.named_parameters():
         unit = re.match(r"(blocks\.\d+|mtp\.\d+\.block|mtp|(pos_|type_)?embed(_norm)?|rel_bias)\.|", name)[1] or "end"
-        groups.setdefault("embed" if "embed" in unit else unit, []).append((name, p))
+        groups.setdefault("embed" if "embed" in unit else "each" if unit == "rel_bias" else unit, []).append((name, p))
     made = lambda name, *more, **rest: dist.Piece(name, [held(*pair, model) for pair in groups.get(name, [])], *more, **rest)
 
     def unit(root, block, layer):
@@ -1213,7 +1213,7 @@ def pieces(model):
     ahead = [unit(f"mtp.{k}.block", m.block, layer) for k, (m, layer) in enumerate(zip(model.mtp, model.mtp_plan))]
     own = [made("mtp", cfg.mtp * (head + 2 * cfg.n_embd**2), partial(head_keeps, mtp=cfg.mtp), partial(head_moves, mtp=cfg.mtp))] if ahead else []
     return dict(blocks=[blocks[i] for i in range(cfg.n_layer)], embed=[embed], end=[end, *own, *ahead], twice=twice,
-                each=[made("each", moves=None)] if "rel_bias" in groups else [])
+                each=[made("each", keeps=partial(mask_keeps, {layer.kind for layer in model.plan if not ATTENTION[layer.attn].recurrent}))])
 
 
 def mixer_keeps(mixer, cfg, n, cuda):
@@ -1225,8 +1225,8 @@ def mixer_keeps(mixer, cfg, n, cuda):
     changed = cfg.attn_softcap or cfg.sinks or cfg.pos == "shaw"
     if mixer.recurrent:
         K = mixer.head_dim
-        return [(RECURRENT_KEEPS[type(mixer).__name__] * 4 * H * K, 0), (0, 4 * n * H * K)]
-    if mixer_is_mla := hasattr(mixer, "kv_rank"):
+        return [(4 * H * K * RECURRENT_KEEPS[type(mixer).__name__](n / 4, mixer.tile, K), 0), (0, (12 if hasattr(mixer, "conv") else 7) * n * H * K)]
+    if hasattr(mixer, "kv_rank"):
         N, P, R, K, U = mixer.nope, mixer.rope_dim, mixer.kv_rank, mixer.nope + mixer.rope_dim, mixer.v_dim
         Q = cfg.q_lora_rank
         kept = [(2 * n * Q, n * Q), (0, n * H * K), (n * R, n * (R + P)), (n * (R + P) * rows, 0), (0, n * H * (N + U) * rows),
@@ -1237,13 +1237,16 @@ def mixer_keeps(mixer, cfg, n, cuda):
         copies = H if not cuda or cfg.cp > 1 and cfg.cp_mode == "ulysses" and G % cfg.cp else G
         kept = [(wide * H * K, n * H * K), (2 * wide * copies * K * rows, 2 * n * G * K), (norms, 0), (bool(mixer.clip) * n * (H + 2 * G) * K, 0)]
     plain = not changed and not (n < 4 and cfg.seq_len <= 896) and K == U
-    scores = 4 * H if cuda or plain or wide > n else n * H * cfg.seq_len
+    scores = 4 * H if cuda or plain or wide > n else (n if changed or cfg.seq_len <= 896 else 4) * H * cfg.seq_len
     gate = 0 if mixer.w_gate is None else n * H * U
     return kept + [(wide * H * U, n * H * U), (scores, 4 * H * cuda), (2 * gate, gate), (n * H * U * (wide > n), 0)]
 
 
-# float32 numbers that linear mixers keep a token, over those of its queries; with --tile=64, measured
-RECURRENT_KEEPS = dict(Linear=10, Lightning=10, TransNormer=10, GatedDeltaNet=24, KDA=60)
+RECURRENT_KEEPS = {                # float32 numbers a channel of their queries, fitted to what was kept; w: size of a number over 4, C: tile, K: head
+    "Linear": lambda w, C, K: 2.8 + w * (9 + 2.5 * C / K), "Lightning": lambda w, C, K: w * (12.5 + 1.5 * C / K),
+    "TransNormer": lambda w, C, K: 1 + w * (10.5 + 1.5 * C / K), "GatedDeltaNet": lambda w, C, K: 19 + 7 * w + 5.7 * C / K,
+    "KDA": lambda w, C, K: 25 + 6.5 * w + 2.9 * C,
+}
 
 
 def block_keeps(block, cfg, tokens, n, cuda):
@@ -1277,12 +1280,17 @@ def head_keeps(cfg, tokens, n, cuda, mtp=0):
     if tp > 1:
         logits = 3 * 4 * V / tp * tokens if tokens * 4 * V / tp <= 32 << 20 else 0
     elif not cuda and tokens * V <= 2 << 20:                                             # kernels.few_logits
-        logits = (4 + n) * V * tokens
+        logits = 4 * V * tokens
     else:
         logits = n * V * tokens if tokens <= max(least, size // (V * n)) else 4 * V * D
     joined = (2 * (4 * D + 4) * part + 2 * n * D) * tokens * bool(mtp)
     kept = (mtp or 1) * (((4 * D + 4) * part + n * D + 8) * tokens + logits + joined)
     return dict.fromkeys(AC, kept)
+
+
+def mask_keeps(kinds, cfg, tokens, n, cuda):
+    """Masks of documents, one for each kind of softmax attention, where no kernel of ours reads the documents themselves."""
+    return dict.fromkeys(AC, 0 if cuda else len(kinds) * n * tokens * cfg.seq_len)
 
 
 def embed_moves(cfg, rows, n):
@@ -1311,10 +1319,13 @@ def block_moves(block, cfg, rows, n):
     else:
         moves = [("tp", "all-reduce", 2 * stream, stream, "all-reduce", 2 * stream)]
     here = rows * T
+    wide = 4 * here * (2 if cfg.qk_norm == "width" else type(mixer).__name__ in ("Lightning", "TransNormer"))             # norms over all heads
+    moves += [("tp", "all-reduce", wide, wide, "all-reduce", wide)]
     if mixer.recurrent:
         K = mixer.head_dim
-        state = 4 * rows * cp * H * (mixer.key_dim * mixer.value_dim + (K * K + 9 * K if hasattr(mixer, "conv") else 1))
-        moves += [("cp", "all-gather", state, state, "reduce-scatter", state)]
+        state = 4 * rows * cp * H * (mixer.key_dim * mixer.value_dim + (K * K + 9 * K) * hasattr(mixer, "conv"))
+        there = state + 4 * rows * cp * H * (1 + getattr(mixer, "turns", False)) * (not hasattr(mixer, "conv"))        # and decays
+        moves += [("cp", "all-gather", there, there, "reduce-scatter", state)]
     else:
         mla = hasattr(mixer, "kv_rank")
         K, U = (mixer.nope + mixer.rope_dim, mixer.v_dim) if mla else (mixer.head_dim, mixer.head_dim)

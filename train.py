@@ -21,6 +21,7 @@ Run me:      python train.py                                   (trains on this P
              python train.py --input=book.txt --out_dir=out/book --attn=mla --moe
              torchrun --nproc_per_node=2 train.py              (the same on two processes)
              python train.py --resume | --sample --prompt="def " | --plan | --help
+             python train.py --plan --world_size=2048 --pp=16 --ep=64 --preset=deepseek-v3
 """
 import contextlib
 import dataclasses
@@ -98,7 +99,8 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
     init_from: str = ""            # begin a new run from the weights in this folder (Hugging Face or a run of ours)
     grow_from: str = ""            # the same, in a larger model that begins as those weights do: with --moe, MLPs become experts
     overwrite: bool = False        # replace the run in out_dir
-    plan: bool = False             # print what would run, and stop
+    plan: bool = False             # print what would run, and stop; with --world_size on a cluster that is not there
+    device_gb: float = 80.0        # plan of a cluster: memory of a device, in 10^9 bytes
     sample: bool = False           # print samples from the run in out_dir, and stop
     prompt: str = ""               # sample: text to continue
     n_samples: int = 3             # sample: how many
@@ -269,7 +271,7 @@ def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_to
 
 # ---- Run folder (config, log, checkpoints) ----
 
-FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
+FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "world_size", "device_gb", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
                   "top_k", "top_p", "repetition_penalty", "bench", "bench_peer", "size",
                   "log_every", "eval_every", "eval_tokens", "save_every", "keep",
                   "micro_batch", "ac", "device", "dp", "timeout", "kernels", "compile", "steps", "cache_dir", "preset"}
@@ -327,7 +329,7 @@ def settle_config(typed):
 
 
 AT_LEAST = dict(steps=1, tokens_per_step=1, micro_batch=0, warmup=0, log_every=1, eval_every=0, save_every=0, keep=1, eval_tokens=1,
-                n_samples=1, max_new_tokens=1, lr=0, weight_decay=0, grad_clip=0, temperature=0, top_k=0, seed=0, tokenizer_mb=0, subword_alpha=0)
+                n_samples=1, max_new_tokens=1, device_gb=1, lr=0, weight_decay=0, grad_clip=0, temperature=0, top_k=0, seed=0, tokenizer_mb=0, subword_alpha=0)
 SHARES = ("val_fraction", "beta1", "beta2", "min_lr", "top_p", "bpe_dropout")
 
 
@@ -569,6 +571,63 @@ def plan(cfg, typed):
     cfg = model_flags_of(cfg, typed)[0] if cfg.weights_from else cfg
     if os.environ.get("RANK", "0") == "0":
         print(describe(cfg, model_lib.meta_model(cfg), world.device, dtype, reason, ranks), flush=True)
+
+
+def flags_of_layout(cfg):
+    names = ("pp", "pp_schedule", "microbatches", "cp", "cp_mode", "tp", "sp", "ep", "fsdp", "hsdp", "ac", "micro_batch")
+    return " ".join(f"--{name}={getattr(cfg, name)}" for name in names if getattr(cfg, name) != getattr(TrainConfig, name))
+
+
+def plan_cluster(cfg, typed):
+    """Print what a layout of --world_size ranks would hold, send and wait for, and the layouts that would do better. Formulas alone: no
+    process group, no data, no weights."""
+    cfg = model_flags_of(cfg, typed)[0] if cfg.weights_from else cfg
+    size, cuda, human = cfg.world_size, cfg.device != "cpu", lambda n: model_lib.human(n, "B")
+    dtype = torch.bfloat16 if cuda and cfg.dtype == "auto" else compute_dtype(cfg, torch.device("cpu"))[0]
+    assumed = "" if "tokens_per_step" in typed or cfg.size or cfg.resume else " (not given: assumed)"
+    if assumed:                                                  # four micro-batches a stage, of about 4,096 tokens
+        cfg.micro_batch = cfg.micro_batch or max(1, 4096 // cfg.seq_len)
+        rows = cfg.micro_batch * max(1, size // max(1, cfg.pp * cfg.cp * cfg.tp)) * (4 * cfg.pp if cfg.pp > 1 else 1)
+        cfg.tokens_per_step = cfg.seq_len * rows
+    dist.refuse_layout(cfg, size)
+    model, peak = model_lib.meta_model(cfg), PEAK_FLOPS["H100"] / (dtype.itemsize // 2)
+    pieces, (rows, number) = model_lib.pieces(model), dist.micro_batches(cfg, size)
+    of_model = (pieces, dtype.itemsize, cuda)
+    ranks, dp = dist.planned(cfg, size, *of_model), size // (cfg.pp * cfg.cp * cfg.tp)
+    total, active = ([sum(table.values()), sum(table.values()) - table.get("mtp", 0)] for table in (
+        model_lib.parameter_table(model), model_lib.parameter_table(model, active=True)))
+    without = lambda numbers: f"{numbers[1] / 1e9:,.2f} B" + f" without MTP ({numbers[0] / 1e9:,.2f} B with)" * bool(cfg.mtp)
+    out = [f"cluster  {size:,} ranks = pp {cfg.pp}{f' ({cfg.pp_schedule})' * (cfg.pp > 1)} x dp {dp} x cp {cfg.cp} x tp {cfg.tp}"
+           + f" | experts over ep {cfg.ep}, {dp * cfg.cp // cfg.ep} copies" * cfg.moe + f" | fsdp {cfg.fsdp} | ac {cfg.ac} | {str(dtype)[6:]}",
+           f"model    {without(total)} parameters, {without(active)} active a token",
+           f"batch    {cfg.tokens_per_step:,} tokens a step{assumed} = {dp} x {number} micro-batches of {rows} row{'s' * (rows > 1)} of {cfg.seq_len:,}",
+           "", f"{'memory of a rank of stage':34s}{'parameters':>12s}" + "".join(f"{name:>13s}" for name in MEMORY)]
+    groups, sent = {}, {}
+    for row in ranks:
+        names = [[piece.name for piece in stage] for stage in row["stages"]]
+        extra = [name for name in ("embed", "end", "mtp") if name in sum(names, [])]
+        depth = [sum(name.startswith("blocks.") for name in stage) for stage in names]
+        key = (", ".join([f"{' + '.join(map(str, depth))} blocks", *extra]), row["params"], *(row[name] for name in MEMORY))
+        groups.setdefault(key, []).append(row["rank"])
+        sent.setdefault(tuple(sorted(row["sends"].items())), []).append(row["rank"])
+    for (what, params, *memory), at in groups.items():
+        out.append(f"  {f'{model_lib.ranges(at)}: {what}':32s}{model_lib.human(params):>12s}" + "".join(f"{human(n):>13s}" for n in memory))
+    out += ["", "sent by a rank of stage, in a step"]
+    out += [f"  {model_lib.ranges(at)}: " + ", ".join(f"{axis} {what} {human(n)}" for (axis, what), n in moves if n) for moves, at in sent.items()]
+    (w, source), waits = dist.BUBBLES[cfg.pp_schedule], dist.bubble(cfg, number)
+    out += ["", f"bubble   {waits:.1%} of a step = (p-1) / ({w}m + p-1), p {cfg.pp}, m {number}  {source}"] if cfg.pp > 1 else [""]
+    out += ["", f"layouts that fit {0.9 * cfg.device_gb:.0f} of {cfg.device_gb:.0f} GB, fastest first, by estimate: products reach {dist.REACHED:.0%} of "
+            f"{peak / 1e12:.0f} TFLOP/s, links {dist.FAST / 1e9:.0f}", f"GB/s among {dist.NODE} neighbours and {dist.SLOW / 1e9:.0f} beyond, nothing is "
+            "sent while something is computed, experts are visited alike"]
+    best = dist.advise(cfg, size, *of_model, cfg.device_gb * 1e9, peak)
+    for name, (seconds, other, rows_of) in [("this one", (dist.step_seconds(cfg, size, ranks, peak), cfg, ranks)), *zip("123", best)]:
+        most, waits = max(row["total"] for row in rows_of), dist.bubble(other, dist.micro_batches(other, size)[1])
+        out.append(f"  {name:8s} {seconds[0]:8.2f} s a step: {seconds[1]:.2f} computing, {waits:.1%} bubble, {seconds[2]:.2f} sending | {human(most)}"
+                   f"{'' if most <= 0.9e9 * cfg.device_gb else ', which does not fit'} | {flags_of_layout(other)}")
+    print("\n".join(out if best else out + ["  none: more ranks, a smaller --tokens_per_step or a larger --device_gb would"]), flush=True)
+
+
+MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
 
 
 # ---- Sample ----
@@ -821,6 +880,8 @@ def width_of(cfg, typed, state, source, tok):
 def main(argv):
     typed = parse(argv)
     cfg = settle_config(typed)
+    if cfg.plan and cfg.world_size:
+        return plan_cluster(cfg, typed)
     ranks = dist.validate(cfg)
     if not cfg.weights_from:                                     # which weights may say how long rows are
         batch_shape(cfg, ranks)
