@@ -187,7 +187,7 @@ def refuse_layout(cfg, size):
         (cfg.hsdp > 1 and not cfg.fsdp, f"--hsdp={cfg.hsdp} makes copies of sharded weights; give it --fsdp, or leave it out"),
         (batch % cfg.hsdp, f"--hsdp={cfg.hsdp} does not divide dp x cp = {batch} ranks; use one of {divisors(batch)[:12]}"),
         (H % tp, f"--tp={tp} does not divide --n_head={H}: ranks share heads equally; use one of {divisors(H)}"),
-        (softmax - {"mla"} and kv % tp and tp % kv, f"--tp={tp} and {kv} key heads: one must divide the other; use {divisors(H, kv)[-1]}"),
+        (softmax - {"mla"} and kv % tp and tp % kv, f"--tp={tp} and {kv} key heads: one must divide the other; use one of {divisors(H, kv)}"),
         (tp > cfg.vocab_size, f"--tp={tp} is more than --vocab_size={cfg.vocab_size}; use one of {divisors(H)}"),
         (ep > 1 and not cfg.moe, f"--ep={ep} deals out experts, of which there are none; give it --moe, or leave it out"),
         (ep > 1 and cfg.n_expert % ep, f"--ep={ep} does not divide --n_expert={cfg.n_expert}; use one of {divisors(cfg.n_expert, batch)}"),
@@ -209,17 +209,18 @@ def refuse_layout(cfg, size):
          f"x dp {dp}); use " + " or ".join(f"--tokens_per_step={n}" for n in (low, low + unit) if n)),
     ))
     rows, number = cfg.tokens_per_step // cfg.seq_len // dp, micro_batches(cfg, size)[1]
-    enough = dict(gpipe=1, dualpipev=stages).get(schedule, pp) if pp > 1 else 1
+    enough = {"1f1b": pp, "dualpipev": stages}.get(schedule, 1) if pp > 1 else 1
     uneven = lambda n: pp > 1 and schedule.startswith("interleaved") and n % max(1, n // pp)
     fits = [n for n in divisors(rows) if n >= enough and not uneven(n)]
-    use = f"; use one of {fits}" if fits else f"; use --tokens_per_step={enough * cfg.seq_len * dp}"
+    fits = [] if cfg.micro_batch else fits
+    even = -(-max(number, enough) // pp) * pp                    # a multiple of pp suits every schedule
+    use = f"use --microbatches={fits[0]}" if fits else f"use --tokens_per_step={even * unit}" + " and no --microbatches" * bool(cfg.microbatches)
     refuse_first((
-        (cfg.microbatches and rows % cfg.microbatches, f"--microbatches={cfg.microbatches} does not divide the {rows} rows of a rank{use}"),
+        (cfg.microbatches and rows % cfg.microbatches, f"--microbatches={cfg.microbatches} does not divide the {rows} rows of a rank; {use}"),
         (cfg.microbatches and number != cfg.microbatches, f"--microbatches={cfg.microbatches} of --micro_batch={cfg.micro_batch} rows are not "
          f"the {rows} rows of a rank; leave one of them out"),
-        (number < enough, f"{number} micro-batches of a rank are fewer than the {enough} that --pp={pp} with --pp_schedule={schedule} needs; "
-         + (f"use --microbatches={fits[0]}" if fits else f"use --tokens_per_step={enough * cfg.seq_len * dp} or more")),
-        (uneven(number), f"--microbatches={number} do not come in rounds of one length, as --pp_schedule={schedule} needs{use}"),
+        (number < enough, f"{number} micro-batches of a rank are fewer than the {enough} that --pp={pp} with --pp_schedule={schedule} needs; {use}"),
+        (uneven(number), f"{number} micro-batches do not come in rounds of one length, as --pp_schedule={schedule} needs; {use}"),
     ))
 
 
@@ -504,7 +505,7 @@ def in_flight(cfg, rank, number):
     p, m = cfg.pp, number
     late, round_of = 2 * (p - rank) - 1, m // max(1, m // p)
     held = {"gpipe": [m], "1f1b": [p - rank], "looped_bfs": [m, m], "interleaved": [round_of + late - min(round_of, late), min(round_of, late)],
-            "interleaved_zb": [p, p], "zbv": [2 * p - rank - 1, rank + 1], "dualpipev": [2 * p - rank, rank + 1]}[cfg.pp_schedule]
+            "interleaved_zb": [round_of, p], "zbv": [2 * p - rank - 1, rank + 1], "dualpipev": [2 * p - rank, rank + 1]}[cfg.pp_schedule]
     return [min(m, n) for n in held] if p > 1 else [1]
 
 
@@ -591,8 +592,8 @@ def planned(cfg, size, pieces, width, cuda):
         blocks = [of[id(piece)] for stage in stages for piece in stage if piece.block]
         again = max(keeps["none"] - keeps[cfg.ac] for *_, keeps, _ in blocks)                  # of the block that is computed again
         two = own["local"] - own["in blocks"] + 2 * max(count["local"] for _, count, *_ in blocks)
-        whole = dict(weights=two if cfg.fsdp == 3 and cfg.pp == 1 else own["local"], gradients=two if number == 1 else own["local"])
-        row = {name: 4 * (own["shard"] + n if cfg.fsdp else n) for name, n in whole.items()}     # FSDP: the shard, and what is gathered
+        gathered = dict(weights=two if cfg.fsdp == 3 and cfg.pp == 1 else own["local"], gradients=two if number == 1 else own["local"])
+        row = {name: 4 * (own["shard"] + n if cfg.fsdp else own["local"]) for name, n in gathered.items()}
         row |= dict(optimizer=8 * own["shard"], activations=kept + again + narrow * width * (width < 4))
         flops = 6 * macs * rows * T * number / cfg.tp * (4 / 3 if cfg.ac == "full" else 1)
         row["total"] = sum(row.values())
