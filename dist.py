@@ -148,7 +148,7 @@ def divisors(n, *others):
     return [d for d in range(1, n + 1) if not any(k % d for k in (n, *others))]
 
 
-def micro_batches(cfg, size):
+def micro_shape(cfg, size):
     """(rows of a micro-batch, micro-batches of a step) of a rank; where nothing is said the fewest of 16,384 tokens at most, in a pipeline
     two or more a rank."""
     rows, most = cfg.tokens_per_step // cfg.seq_len // (size // (cfg.pp * cfg.cp * cfg.tp)), max(1, 16384 // cfg.seq_len)
@@ -173,34 +173,36 @@ def refuse_layout(cfg, size):
     pp, cp, tp, ep, H, schedule = cfg.pp, cfg.cp, cfg.tp, cfg.ep, cfg.n_head, cfg.pp_schedule
     dp, left = divmod(size, pp * cp * tp)
     if left or cfg.dp not in (0, dp):
-        fits = f"--dp={dp}, or leave it out" if not left else f"{max(1, round(size / (pp * cp * tp))) * pp * cp * tp} processes"
-        raise UsageError(f"--dp={cfg.dp} x " * bool(cfg.dp) + f"--pp={pp} x --cp={cp} x --tp={tp} make {max(1, cfg.dp) * pp * cp * tp} ranks"
-                         + " or a multiple of them" * (not cfg.dp) + f", and there {'is' if size == 1 else 'are'} {size}; use {fits}")
-    batch, each, mixers = dp * cp, PP_SCHEDULES[schedule][1], {name.partition("*")[0].strip() for name in (cfg.layers or cfg.attn).split(",")}
+        fits = f"--dp={dp}, or leave it out" if not left else f"{max(1, round(size / (pp * cp * tp))) * pp * cp * tp} ranks"
+        grid, ranks = f"--dp={cfg.dp} x " * bool(cfg.dp) + f"--pp={pp} x --cp={cp} x --tp={tp}", max(1, cfg.dp) * pp * cp * tp
+        raise UsageError(f"{grid} make {ranks} ranks{'' if cfg.dp else ' or a multiple of that'}, and there {'is' if size == 1 else 'are'} "
+                         f"{size}; use {fits}")
+    batch, each = dp * cp, PP_SCHEDULES[schedule][1]
+    mixers = {name.partition("*")[0].strip() for name in (cfg.layers or cfg.attn).split(",")}
     softmax, stages = mixers - RECURRENT, pp * each if pp > 1 else 1
     kv = cfg.n_kv_head or (1 if "mqa" in mixers else max(1, H // 4) if "gqa" in mixers else H)
     mirrored = cfg.cp_mode != "ulysses" and not mixers & RECURRENT and cfg.arch == "decoder"           # then a rank has two pieces of a row
     cuts, unit = cp * (1 + mirrored), cfg.seq_len * dp * max(1, cfg.micro_batch)
     low, ours = cfg.tokens_per_step // unit * unit, f" x --micro_batch={cfg.micro_batch}" * bool(cfg.micro_batch)
     refuse_first((                 # (is it wrong?, what to say)
-        (cfg.world_size and not cfg.plan, f"--world_size={cfg.world_size} is for --plan, which plans a cluster that is not there; add that"),
+        (cfg.world_size and not cfg.plan, f"--world_size={cfg.world_size} is a cluster that --plan imagines; give it --plan, too"),
         (cfg.hsdp > 1 and not cfg.fsdp, f"--hsdp={cfg.hsdp} makes copies of sharded weights; give it --fsdp, or leave it out"),
         (batch % cfg.hsdp, f"--hsdp={cfg.hsdp} does not divide dp x cp = {batch} ranks; use one of {divisors(batch)[:12]}"),
         (H % tp, f"--tp={tp} does not divide --n_head={H}: ranks share heads equally; use one of {divisors(H)}"),
-        (softmax - {"mla"} and kv % tp and tp % kv, f"--tp={tp} and {kv} key heads: one must divide the other; use one of {divisors(H, kv)}"),
+        (softmax - {"mla"} and kv % tp and tp % kv, f"--tp={tp}, {kv} key heads: one must divide the other; use one of {divisors(H, kv)}"),
         (tp > cfg.vocab_size, f"--tp={tp} is more than --vocab_size={cfg.vocab_size}; use one of {divisors(H)}"),
         (ep > 1 and not cfg.moe, f"--ep={ep} deals out experts, of which there are none; give it --moe, or leave it out"),
         (ep > 1 and cfg.n_expert % ep, f"--ep={ep} does not divide --n_expert={cfg.n_expert}; use one of {divisors(cfg.n_expert, batch)}"),
         (batch % ep, f"--ep={ep} does not divide dp x cp = {batch} ranks, which it shares; use one of {divisors(batch, cfg.n_expert)}"),
         (cp > 1 and cfg.seq_len % cuts, f"--cp={cp} cuts rows into {cuts} pieces, and --seq_len={cfg.seq_len} is no multiple of that; use "
          f"--seq_len={max(1, cfg.seq_len // cuts) * cuts}"),
-        (cp > 1 and cfg.cp_mode == "ulysses" and softmax and H % (tp * cp), f"--cp_mode=ulysses shares heads, and --cp={cp} x --tp={tp} does not "
-         f"divide --n_head={H}; use --cp={divisors(max(1, H // tp))[-1]} or another mode"),
+        (cp > 1 and cfg.cp_mode == "ulysses" and softmax and H % (tp * cp), f"--cp_mode=ulysses shares heads, and --cp={cp} x --tp={tp} "
+         f"does not divide --n_head={H}; use --cp={divisors(max(1, H // tp))[-1]} or another mode"),
         (cp > 1 and cfg.cp_mode == "ring" and (cfg.attn_dropout or cfg.pos == "shaw"),
          "--cp_mode=ring has neither --attn_dropout nor --pos=shaw; use --cp_mode=gather"),
         (pp > 1 and cfg.arch == "encdec", f"--pp={pp} cuts one stack of blocks, and --arch=encdec has two; use --pp=1"),
-        (cfg.n_layer < stages, f"--pp={pp} with --pp_schedule={schedule} has {stages} stages, more than --n_layer={cfg.n_layer} blocks; use "
-         f"--pp={max(1, cfg.n_layer // each)}" + " or --pp_schedule=1f1b" * (each > 1)),
+        (cfg.n_layer < stages, f"--pp={pp} with --pp_schedule={schedule} has {stages} stages, more than --n_layer={cfg.n_layer} blocks; "
+         f"use --pp={max(1, cfg.n_layer // each)}" + " or --pp_schedule=1f1b" * (each > 1)),
         (cfg.norm == "batch" and size > 1, "--norm=batch takes its statistics over the rows of one rank, so ranks would train different "
          "models; use one, or another --norm"),
         (cfg.compile and pp > 1 and schedule in ("interleaved_zb", "zbv", "dualpipev"),
@@ -208,18 +210,20 @@ def refuse_layout(cfg, size):
         (low != cfg.tokens_per_step, f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len}{ours} "
          f"x dp {dp}); use " + " or ".join(f"--tokens_per_step={n}" for n in (low, low + unit) if n)),
     ))
-    rows, number = cfg.tokens_per_step // cfg.seq_len // dp, micro_batches(cfg, size)[1]
+    rows, number = cfg.tokens_per_step // cfg.seq_len // dp, micro_shape(cfg, size)[1]
     enough = {"1f1b": pp, "dualpipev": stages}.get(schedule, 1) if pp > 1 else 1
     uneven = lambda n: pp > 1 and schedule.startswith("interleaved") and n % max(1, n // pp)
     fits = [n for n in divisors(rows) if n >= enough and not uneven(n)]
     fits = [] if cfg.micro_batch else fits
     even = -(-max(number, enough) // pp) * pp                    # a multiple of pp suits every schedule
-    use = f"use --microbatches={fits[0]}" if fits else f"use --tokens_per_step={even * unit}" + " and no --microbatches" * bool(cfg.microbatches)
+    asked, more = cfg.microbatches, f"use --tokens_per_step={even * unit}" + " and no --microbatches" * bool(cfg.microbatches)
+    use = f"use --microbatches={fits[0]}" if fits else more
     refuse_first((
-        (cfg.microbatches and rows % cfg.microbatches, f"--microbatches={cfg.microbatches} does not divide the {rows} rows of a rank; {use}"),
-        (cfg.microbatches and number != cfg.microbatches, f"--microbatches={cfg.microbatches} of --micro_batch={cfg.micro_batch} rows are not "
-         f"the {rows} rows of a rank; leave one of them out"),
-        (number < enough, f"{number} micro-batches of a rank are fewer than the {enough} that --pp={pp} with --pp_schedule={schedule} needs; {use}"),
+        (asked and rows % asked, f"--microbatches={asked} does not divide the {rows} rows of a rank; {use}"),
+        (asked and number != asked, f"--microbatches={asked} of --micro_batch={cfg.micro_batch} rows are not the {rows} rows of a rank; "
+         "leave one of them out"),
+        (number < enough, f"{number} micro-batches of a rank are fewer than the {enough} that --pp={pp} with --pp_schedule={schedule} "
+         f"needs; {use}"),
         (uneven(number), f"{number} micro-batches do not come in rounds of one length, as --pp_schedule={schedule} needs; {use}"),
     ))
 
@@ -503,9 +507,10 @@ def counted(piece, cfg, size, rank=0):
 def in_flight(cfg, rank, number):
     """For each stage of a pipeline rank the micro-batches whose activations it holds when the rank holds most, in torch's orders."""
     p, m = cfg.pp, number
-    late, round_of = 2 * (p - rank) - 1, m // max(1, m // p)
-    held = {"gpipe": [m], "1f1b": [p - rank], "looped_bfs": [m, m], "interleaved": [round_of + late - min(round_of, late), min(round_of, late)],
-            "interleaved_zb": [round_of, p], "zbv": [2 * p - rank - 1, rank + 1], "dualpipev": [2 * p - rank, rank + 1]}[cfg.pp_schedule]
+    warm, one_round = 2 * (p - rank) - 1, m // max(1, m // p)
+    late = min(one_round, warm)
+    held = {"gpipe": [m], "1f1b": [p - rank], "looped_bfs": [m, m], "interleaved": [one_round + warm - late, late],
+            "interleaved_zb": [one_round, p], "zbv": [2 * p - rank - 1, rank + 1], "dualpipev": [2 * p - rank, rank + 1]}[cfg.pp_schedule]
     return [min(m, n) for n in held] if p > 1 else [1]
 
 
@@ -522,27 +527,28 @@ def bubble(cfg, number):
 
 
 def stages_of(cfg, pieces, rank):
-    """([[Piece]] of the stages of a pipeline rank, how many neighbours they have on other ranks, are embeddings shared with another rank?).
-    Embeddings that are tied or that MTP reads stand at both ends."""
+    """([[Piece]] of the stages of a pipeline rank, [(first block, the one after the last)] of them, how many neighbours they have on other
+    ranks, are embeddings shared with another rank?). Embeddings that are tied or that MTP reads stand at both ends."""
     count, depth = cfg.pp * PP_SCHEDULES[cfg.pp_schedule][1] if cfg.pp > 1 else 1, len(pieces["blocks"])
     owner = [stage_owner(number, cfg.pp, cfg.pp_schedule) for number in range(count)]
     cuts = [depth * number // count for number in range(count + 1)]
     ends = {0: pieces["embed"]} | {count - 1: (pieces["twice"] if count > 1 else pieces["embed"]) + pieces["end"]}
-    stages = [pieces["blocks"][cuts[i]:cuts[i + 1]] + pieces["each"] + ends.get(i, []) for i in range(count) if owner[i] == rank]
-    borders = sum(a != b and rank in (a, b) for a, b in zip(owner, owner[1:]))
-    return stages, borders, rank in (owner[0], owner[-1]) and owner[0] != owner[-1]
+    own, borders = [i for i in range(count) if owner[i] == rank], sum(a != b and rank in (a, b) for a, b in zip(owner, owner[1:]))
+    stages = [pieces["blocks"][cuts[i]:cuts[i + 1]] + pieces["each"] + ends.get(i, []) for i in own]
+    return stages, [(cuts[i], cuts[i + 1]) for i in own], borders, rank in (owner[0], owner[-1]) and owner[0] != owner[-1]
 
 
 def spans(cfg, size):
     """{axis: (its ranks, how many ranks lie from the first to the last)}"""
-    batch, tp = size // (cfg.pp * cfg.tp), cfg.tp
-    return dict(tp=(tp, tp), cp=(cfg.cp, cfg.cp * tp), ep=(cfg.ep, cfg.ep * tp), batch=(batch, batch * tp), pp=(cfg.pp, size), ends=(2, size),
-                shards=(batch // cfg.hsdp, batch // cfg.hsdp * tp), copies=(cfg.hsdp, batch * tp), expert_copies=(batch // cfg.ep, batch * tp))
+    batch = size // (cfg.pp * cfg.tp)
+    apart = dict(tp=(cfg.tp, 1), cp=(cfg.cp, cfg.cp), ep=(cfg.ep, cfg.ep), batch=(batch, batch), shards=(batch // cfg.hsdp,) * 2,
+                 copies=(cfg.hsdp, batch), expert_copies=(batch // cfg.ep, batch), pp=(cfg.pp, batch * cfg.pp), ends=(2, batch * cfg.pp))
+    return {axis: (ranks, distance * cfg.tp) for axis, (ranks, distance) in apart.items()}
 
 
 def traffic(piece, count, cfg, size, width):
     """Counter {(axis, collective): bytes} that a rank sends in a step for a piece."""
-    out, sizes, (rows, number) = Counter(), spans(cfg, size), micro_batches(cfg, size)
+    out, sizes, (rows, number) = Counter(), spans(cfg, size), micro_shape(cfg, size)
     again = piece.block and cfg.ac in ("selective", "full")
 
     def add(axis, collective, n):
@@ -571,14 +577,15 @@ def planned(cfg, size, pieces, width, cuda):
     if size == cfg.pp * cfg.tp:                                  # nobody to shard with
         cfg = copy.copy(cfg)
         cfg.fsdp = 0
-    rows, number = micro_batches(cfg, size)
+    rows, number = micro_shape(cfg, size)
     T, of, out, kinds = cfg.seq_len // cfg.cp, {}, [], {id(piece): piece for part in pieces.values() for piece in part}.values()
     stream = 4 * rows * -(-T // (cfg.tp if cfg.sp else 1)) * cfg.n_embd
     ways = [[counted(piece, cfg, size, rank) for piece in kinds] for rank in {0, cfg.tp - 1}]
     for piece, count in zip(kinds, max(ways, key=lambda way: sum(count["local"] for count in way))):
         of[id(piece)] = piece, count, piece.keeps(cfg, rows * T, width, cuda), traffic(piece, count, cfg, size, width)
     for rank in range(cfg.pp):
-        (stages, borders, at_end), own, sends, kept, narrow, macs = stages_of(cfg, pieces, rank), Counter(), Counter(), 0, 0, 0
+        (stages, blocks_of, borders, at_end), own, sends = stages_of(cfg, pieces, rank), Counter(), Counter()
+        kept = narrow = macs = 0
         for live, stage in zip(in_flight(cfg, rank, number), stages):
             for piece, count, keeps, moved in (of[id(piece)] for piece in stage):
                 for total, part in ((own, count), (sends, moved)):
@@ -597,16 +604,17 @@ def planned(cfg, size, pieces, width, cuda):
         row |= dict(optimizer=8 * own["shard"], activations=kept + again + narrow * width * (width < 4))
         flops = 6 * macs * rows * T * number / cfg.tp * (4 / 3 if cfg.ac == "full" else 1)
         row["total"] = sum(row.values())
-        out.append(row | dict(params=own["local"], shard=own["shard"], rank=rank, stages=stages, sends=+sends, flops=flops))
+        out.append(row | dict(params=own["local"], shard=own["shard"], rank=rank, blocks=blocks_of, ends=[
+            piece.name for stage in stages for piece in stage if piece.name in ("embed", "end", "mtp")], sends=+sends, flops=flops))
     return out
 
 
-NODE, FAST, SLOW, REACHED = 8, 450e9, 50e9, 0.4        # ranks of a node; bytes a second in and between nodes; share of the peak that is reached
+NODE, FAST, SLOW, REACHED = 8, 450e9, 50e9, 0.4        # ranks of a node; bytes a second in it and beyond; share of the peak that is reached
 
 
 def step_seconds(cfg, size, ranks, peak):
-    """(seconds of a step, of it computing, sending) of the slowest rank, to compare layouts: nothing is sent while something is computed."""
-    number, sizes = micro_batches(cfg, size)[1], spans(cfg, size)
+    """(seconds of a step, of it computing, sending) of the slowest rank, to compare layouts: nothing is sent while it computes."""
+    number, sizes = micro_shape(cfg, size)[1], spans(cfg, size)
 
     def sending(row):
         share = lambda axis, what: 1 if what == "send" else (1 + (what == "all-reduce")) * (1 - 1 / sizes[axis][0])
@@ -617,8 +625,8 @@ def step_seconds(cfg, size, ranks, peak):
 
 
 def advise(cfg, size, pieces, width, cuda, memory, peak):
-    """The legal layouts of `size` ranks that fit nine tenths of `memory`, fastest first: [(step_seconds, config, planned)]. Each has the least
-    --ac that fits, and in a pipeline micro-batches of about 4,096 tokens, which keep a device busy."""
+    """The legal layouts of `size` ranks that fit nine tenths of `memory`, fastest first: [(step_seconds, config, planned)]. Each has the
+    least --ac that fits, and in a pipeline micro-batches of about 4,096 tokens, which keep a device busy."""
     powers, found = lambda most: [2**i for i in range(max(1, most).bit_length())], []
     axes = powers(min(NODE, size)), powers(len(pieces["blocks"])), powers(cfg.n_expert * cfg.moe), ("1f1b", "interleaved", "zbv"), (0, 2, 3)
     for tp, pp, ep, schedule, fsdp in itertools.product(*axes):

@@ -1190,7 +1190,8 @@ def held(name, p, model):
     one = re.search(r"\.(q_|k_)?norm\.weight$", name) and p.numel() == getattr(mixer, "head_dim", 0)       # of single heads
     key = re.search(r"\.(w_k|w_v|k_norm|lrpe)\b", name) and getattr(mixer, "n_kv_head", 0)
     linear = isinstance(model.get_submodule(home), nn.Linear) and p.ndim == 2 and "router" not in name and not name.startswith("head")
-    return dist.Held(tuple(p.shape), None if one else dim, parts, key or 0, ".mlp.experts." in name, linear or p.ndim == 3, bool(re.search(INSIDE, name)))
+    return dist.Held(tuple(p.shape), None if one else dim, parts, key or 0, expert=".mlp.experts." in name, cast=linear or p.ndim == 3,
+                     inside=bool(re.search(INSIDE, name)))
 
 
 def pieces(model):
@@ -1211,21 +1212,31 @@ def pieces(model):
     embed, end = made("embed", moves=embed_moves), made("end", head, head_keeps, head_moves)
     twice = [dist.Piece("twice", embed.held)] if model.mtp else [dist.Piece("twice", embed.held[:1])] if cfg.tie_embeddings else []
     ahead = [unit(f"mtp.{k}.block", m.block, layer) for k, (m, layer) in enumerate(zip(model.mtp, model.mtp_plan))]
-    own = [made("mtp", cfg.mtp * (head + 2 * cfg.n_embd**2), partial(head_keeps, mtp=cfg.mtp), partial(head_moves, mtp=cfg.mtp))] if ahead else []
-    return dict(blocks=[blocks[i] for i in range(cfg.n_layer)], embed=[embed], end=[end, *own, *ahead], twice=twice,
-                each=[made("each", keeps=partial(mask_keeps, {layer.kind for layer in model.plan if not ATTENTION[layer.attn].recurrent}))])
+    own = made("mtp", cfg.mtp * (head + 2 * cfg.n_embd**2), partial(head_keeps, mtp=cfg.mtp), partial(head_moves, mtp=cfg.mtp))
+    masked = {layer.kind for layer in model.plan if not ATTENTION[layer.attn].recurrent}
+    return dict(blocks=[blocks[i] for i in range(cfg.n_layer)], embed=[embed], end=[end] + [own, *ahead] * bool(ahead), twice=twice,
+                each=[made("each", keeps=partial(mask_keeps, len(masked)))])
+
+
+RECURRENT_KEEPS = {                # float32 numbers a channel of its queries, fitted to what is kept; w: bytes of one / 4, C: tile, K: head
+    "Linear": lambda w, C, K: 2.8 + w * (9 + 2.5 * C / K),
+    "Lightning": lambda w, C, K: w * (12.5 + 1.5 * C / K),
+    "TransNormer": lambda w, C, K: 1 + w * (10.5 + 1.5 * C / K),
+    "GatedDeltaNet": lambda w, C, K: 19 + 7 * w + 5.7 * C / K,
+    "KDA": lambda w, C, K: 25 + 6.5 * w + 2.9 * C,
+}
 
 
 def mixer_keeps(mixer, cfg, n, cuda):
-    """[(bytes a token that backward needs, those of them that --ac=selective keeps)] of a mixer. Sizes as the attention that runs keeps them:
-    on a CPU the keys of a group are copied for its queries, and scores are stored where SDPA is not faster (attention.small_half) or its
-    kernel wants keys and values of one width."""
+    """[(bytes a token that backward needs, bytes that --ac=selective keeps)] of what a mixer makes. On a CPU the keys of a group are copied
+    for its queries, and scores are stored where SDPA is slower (attention.small_half) or has no kernel: keys wider than values."""
     H, rows = mixer.n_head / cfg.tp, cfg.cp if cfg.cp_mode == "gather" else 1
     wide = 4 if cfg.cp > 1 and cfg.cp_mode == "ring" else n
     changed = cfg.attn_softcap or cfg.sinks or cfg.pos == "shaw"
     if mixer.recurrent:
         K = mixer.head_dim
-        return [(4 * H * K * RECURRENT_KEEPS[type(mixer).__name__](n / 4, mixer.tile, K), 0), (0, (12 if hasattr(mixer, "conv") else 7) * n * H * K)]
+        kept = RECURRENT_KEEPS[type(mixer).__name__](n / 4, mixer.tile, K)
+        return [(4 * H * K * kept, n * H * K * (12 if hasattr(mixer, "conv") else 7))]
     if hasattr(mixer, "kv_rank"):
         N, P, R, K, U = mixer.nope, mixer.rope_dim, mixer.kv_rank, mixer.nope + mixer.rope_dim, mixer.v_dim
         Q = cfg.q_lora_rank
@@ -1235,18 +1246,12 @@ def mixer_keeps(mixer, cfg, n, cuda):
         G, K = mixer.n_kv_head / cfg.tp if mixer.n_kv_head % cfg.tp == 0 else 1, mixer.head_dim
         U, norms = K, 0 if mixer.q_norm is None else n * (H + G) * K
         copies = H if not cuda or cfg.cp > 1 and cfg.cp_mode == "ulysses" and G % cfg.cp else G
-        kept = [(wide * H * K, n * H * K), (2 * wide * copies * K * rows, 2 * n * G * K), (norms, 0), (bool(mixer.clip) * n * (H + 2 * G) * K, 0)]
+        clipped = n * (H + 2 * G) * K if mixer.clip else 0
+        kept = [(wide * H * K, n * H * K), (2 * wide * copies * K * rows, 2 * n * G * K), (norms, 0), (clipped, 0)]
     plain = not changed and not (n < 4 and cfg.seq_len <= 896) and K == U
     scores = 4 * H if cuda or plain or wide > n else (n if changed or cfg.seq_len <= 896 else 4) * H * cfg.seq_len
     gate = 0 if mixer.w_gate is None else n * H * U
     return kept + [(wide * H * U, n * H * U), (scores, 4 * H * cuda), (2 * gate, gate), (n * H * U * (wide > n), 0)]
-
-
-RECURRENT_KEEPS = {                # float32 numbers a channel of their queries, fitted to what was kept; w: size of a number over 4, C: tile, K: head
-    "Linear": lambda w, C, K: 2.8 + w * (9 + 2.5 * C / K), "Lightning": lambda w, C, K: w * (12.5 + 1.5 * C / K),
-    "TransNormer": lambda w, C, K: 1 + w * (10.5 + 1.5 * C / K), "GatedDeltaNet": lambda w, C, K: 19 + 7 * w + 5.7 * C / K,
-    "KDA": lambda w, C, K: 25 + 6.5 * w + 2.9 * C,
-}
 
 
 def block_keeps(block, cfg, tokens, n, cuda):
@@ -1259,10 +1264,12 @@ def block_keeps(block, cfg, tokens, n, cuda):
         rows += [((4 * D + 4) * part * ("pre" in has), 0), ((4 * D + 4) * part * ("after" in has), 0), (n * D * part * ("post" in has), 0),
                  (read, 0), (0, n * D), (n * D * bool(cfg.resid_dropout), 0)]
     if isinstance(block.mlp, MoE):
-        width, shared, own = block.mlp.experts.w_up.shape[1] / tp, cfg.n_shared_expert * block.mlp.experts.w_up.shape[1] / tp, n < 4 and cuda
-        copies = 4 if cfg.ep > 1 else 0 if own else 3            # of a visit's row: sent ones, sorted ones, outputs
-        rows += [(4 * D * (n < 4), 0), (4 * E * (1 + (cfg.aux_loss != "none")) + 48 * A, 4 * E), (copies * n * A * D, 0 if own else n * A * D),
-                 ((2 if own else 4) * n * A * width, 0 if own else 2 * n * A * width), (4 * n * shared, 2 * n * shared)]
+        width, own = block.mlp.experts.w_up.shape[1] / tp, n < 4 and cuda                      # own: kernels.moe_mlp
+        shared = cfg.n_shared_expert * width
+        copies = 4 if cfg.ep > 1 else 0 if own else 3            # of the row of a visit: sorted, what its expert gave, sent back, in order
+        rows += [(4 * D * (n < 4), 0), (4 * E * (1 + (cfg.aux_loss != "none")) + 48 * A, 4 * E),              # the router reads float32
+                 (copies * n * A * D, 0 if own else n * A * D), (4 * n * shared, 2 * n * shared),
+                 ((2 if own else 4) * n * A * width, 0 if own else 2 * n * A * width)]
     else:
         width = block.mlp.w_up.weight.shape[0] / tp
         inner = 2 if block.mlp.gated else 1
@@ -1290,7 +1297,7 @@ def head_keeps(cfg, tokens, n, cuda, mtp=0):
 
 def mask_keeps(kinds, cfg, tokens, n, cuda):
     """Masks of documents, one for each kind of softmax attention, where no kernel of ours reads the documents themselves."""
-    return dict.fromkeys(AC, 0 if cuda else len(kinds) * n * tokens * cfg.seq_len)
+    return dict.fromkeys(AC, 0 if cuda else kinds * n * tokens * cfg.seq_len)
 
 
 def embed_moves(cfg, rows, n):
@@ -1301,7 +1308,7 @@ def embed_moves(cfg, rows, n):
 
 
 def head_moves(cfg, rows, n, mtp=0):
-    """Of the end of the model: what the head reads, and three numbers a token of the loss. mtp: of so many modules, which look ids up, too."""
+    """Of the end of the model: what the head reads, and three numbers a token of the loss. mtp: of so many modules; they look up ids."""
     stream, tokens = rows * -(-cfg.seq_len // cfg.cp // cfg.tp) * cfg.tp * cfg.n_embd, rows * cfg.seq_len // cfg.cp
     again = 1 + (tokens * 4 * cfg.vocab_size / cfg.tp > 32 << 20)                        # logits in lots are made twice
     one = [("tp", "all-gather", n * stream * cfg.sp, 0, "reduce-scatter" if cfg.sp else "all-reduce", n * stream),
@@ -1319,8 +1326,8 @@ def block_moves(block, cfg, rows, n):
     else:
         moves = [("tp", "all-reduce", 2 * stream, stream, "all-reduce", 2 * stream)]
     here = rows * T
-    wide = 4 * here * (2 if cfg.qk_norm == "width" else type(mixer).__name__ in ("Lightning", "TransNormer"))             # norms over all heads
-    moves += [("tp", "all-reduce", wide, wide, "all-reduce", wide)]
+    over_heads = 4 * here * (2 if cfg.qk_norm == "width" else type(mixer).__name__ in ("Lightning", "TransNormer"))      # sums of norms
+    moves += [("tp", "all-reduce", over_heads, over_heads, "all-reduce", over_heads)]
     if mixer.recurrent:
         K = mixer.head_dim
         state = 4 * rows * cp * H * (mixer.key_dim * mixer.value_dim + (K * K + 9 * K) * hasattr(mixer, "conv"))

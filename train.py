@@ -578,56 +578,62 @@ def flags_of_layout(cfg):
     return " ".join(f"--{name}={getattr(cfg, name)}" for name in names if getattr(cfg, name) != getattr(TrainConfig, name))
 
 
+MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
+
+
 def plan_cluster(cfg, typed):
-    """Print what a layout of --world_size ranks would hold, send and wait for, and the layouts that would do better. Formulas alone: no
+    """Print what a layout of --world_size ranks would hold, send and wait for, and which layouts would be faster. Formulas alone: no
     process group, no data, no weights."""
     cfg = model_flags_of(cfg, typed)[0] if cfg.weights_from else cfg
     size, cuda, human = cfg.world_size, cfg.device != "cpu", lambda n: model_lib.human(n, "B")
     dtype = torch.bfloat16 if cuda and cfg.dtype == "auto" else compute_dtype(cfg, torch.device("cpu"))[0]
-    assumed = "" if "tokens_per_step" in typed or cfg.size or cfg.resume else " (not given: assumed)"
-    if assumed:                                                  # four micro-batches a stage, of about 4,096 tokens
+    dp, assumed = max(1, size // max(1, cfg.pp * cfg.cp * cfg.tp)), "tokens_per_step" not in typed and not cfg.resume
+    if assumed:                                                  # four micro-batches a stage, each of about 4,096 tokens
         cfg.micro_batch = cfg.micro_batch or max(1, 4096 // cfg.seq_len)
-        rows = cfg.micro_batch * max(1, size // max(1, cfg.pp * cfg.cp * cfg.tp)) * (4 * cfg.pp if cfg.pp > 1 else 1)
-        cfg.tokens_per_step = cfg.seq_len * rows
+        cfg.tokens_per_step = cfg.seq_len * cfg.micro_batch * dp * (4 * cfg.pp if cfg.pp > 1 else 1)
     dist.refuse_layout(cfg, size)
-    model, peak = model_lib.meta_model(cfg), PEAK_FLOPS["H100"] / (dtype.itemsize // 2)
-    pieces, (rows, number) = model_lib.pieces(model), dist.micro_batches(cfg, size)
-    of_model = (pieces, dtype.itemsize, cuda)
-    ranks, dp = dist.planned(cfg, size, *of_model), size // (cfg.pp * cfg.cp * cfg.tp)
-    total, active = ([sum(table.values()), sum(table.values()) - table.get("mtp", 0)] for table in (
-        model_lib.parameter_table(model), model_lib.parameter_table(model, active=True)))
-    without = lambda numbers: f"{numbers[1] / 1e9:,.2f} B" + f" without MTP ({numbers[0] / 1e9:,.2f} B with)" * bool(cfg.mtp)
-    out = [f"cluster  {size:,} ranks = pp {cfg.pp}{f' ({cfg.pp_schedule})' * (cfg.pp > 1)} x dp {dp} x cp {cfg.cp} x tp {cfg.tp}"
-           + f" | experts over ep {cfg.ep}, {dp * cfg.cp // cfg.ep} copies" * cfg.moe + f" | fsdp {cfg.fsdp} | ac {cfg.ac} | {str(dtype)[6:]}",
-           f"model    {without(total)} parameters, {without(active)} active a token",
-           f"batch    {cfg.tokens_per_step:,} tokens a step{assumed} = {dp} x {number} micro-batches of {rows} row{'s' * (rows > 1)} of {cfg.seq_len:,}",
-           "", f"{'memory of a rank of stage':34s}{'parameters':>12s}" + "".join(f"{name:>13s}" for name in MEMORY)]
+    model, peak, (rows, number) = model_lib.meta_model(cfg), PEAK_FLOPS["H100"] * 2 / dtype.itemsize, dist.micro_shape(cfg, size)
+    of_model = model_lib.pieces(model), dtype.itemsize, cuda
+    ranks, best = dist.planned(cfg, size, *of_model), dist.advise(cfg, size, *of_model, cfg.device_gb * 1e9, peak)
+
+    def parameters(active):
+        table = model_lib.parameter_table(model, active)
+        ahead, total = table.get("mtp", 0), sum(table.values())
+        billions = lambda n: f"{n / 1e9:,.2f} B" if n >= 1e9 else model_lib.human(n)
+        return billions(total - ahead) + f" without MTP, {billions(total)} with it" * bool(ahead)
+
     groups, sent = {}, {}
     for row in ranks:
-        names = [[piece.name for piece in stage] for stage in row["stages"]]
-        extra = [name for name in ("embed", "end", "mtp") if name in sum(names, [])]
-        depth = [sum(name.startswith("blocks.") for name in stage) for stage in names]
-        key = (", ".join([f"{' + '.join(map(str, depth))} blocks", *extra]), row["params"], *(row[name] for name in MEMORY))
-        groups.setdefault(key, []).append(row["rank"])
-        sent.setdefault(tuple(sorted(row["sends"].items())), []).append(row["rank"])
-    for (what, params, *memory), at in groups.items():
-        out.append(f"  {f'{model_lib.ranges(at)}: {what}':32s}{model_lib.human(params):>12s}" + "".join(f"{human(n):>13s}" for n in memory))
-    out += ["", "sent by a rank of stage, in a step"]
-    out += [f"  {model_lib.ranges(at)}: " + ", ".join(f"{axis} {what} {human(n)}" for (axis, what), n in moves if n) for moves, at in sent.items()]
-    (w, source), waits = dist.BUBBLES[cfg.pp_schedule], dist.bubble(cfg, number)
-    out += ["", f"bubble   {waits:.1%} of a step = (p-1) / ({w}m + p-1), p {cfg.pp}, m {number}  {source}"] if cfg.pp > 1 else [""]
-    out += ["", f"layouts that fit {0.9 * cfg.device_gb:.0f} of {cfg.device_gb:.0f} GB, fastest first, by estimate: products reach {dist.REACHED:.0%} of "
-            f"{peak / 1e12:.0f} TFLOP/s, links {dist.FAST / 1e9:.0f}", f"GB/s among {dist.NODE} neighbours and {dist.SLOW / 1e9:.0f} beyond, nothing is "
-            "sent while something is computed, experts are visited alike"]
-    best = dist.advise(cfg, size, *of_model, cfg.device_gb * 1e9, peak)
-    for name, (seconds, other, rows_of) in [("this one", (dist.step_seconds(cfg, size, ranks, peak), cfg, ranks)), *zip("123", best)]:
-        most, waits = max(row["total"] for row in rows_of), dist.bubble(other, dist.micro_batches(other, size)[1])
-        out.append(f"  {name:8s} {seconds[0]:8.2f} s a step: {seconds[1]:.2f} computing, {waits:.1%} bubble, {seconds[2]:.2f} sending | {human(most)}"
-                   f"{'' if most <= 0.9e9 * cfg.device_gb else ', which does not fit'} | {flags_of_layout(other)}")
-    print("\n".join(out if best else out + ["  none: more ranks, a smaller --tokens_per_step or a larger --device_gb would"]), flush=True)
-
-
-MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
+        shape = tuple(high - low for low, high in row["blocks"]), tuple(row["ends"]), row["params"], *(row[name] for name in MEMORY)
+        groups.setdefault(shape, []).append(row)
+        sent.setdefault(tuple(sorted((-n, axis, what) for (axis, what), n in row["sends"].items())), []).append(row["rank"])
+    out = [f"cluster  {size:,} ranks = pp {cfg.pp}{f' ({cfg.pp_schedule})' * (cfg.pp > 1)} x dp {dp} x cp {cfg.cp} x tp {cfg.tp}"
+           + f" | experts: ep {cfg.ep} x {dp * cfg.cp // cfg.ep} copies" * cfg.moe + f" | fsdp {cfg.fsdp} | ac {cfg.ac} | {str(dtype)[6:]}",
+           f"model    parameters: {parameters(False)}", f"active   of a token: {parameters(True)}",
+           f"batch    {cfg.tokens_per_step:,} tokens a step{' (assumed)' * assumed} = {dp} copies x {number} micro-batch{'es' * (number > 1)} x {rows} "
+           f"row{'s' * (rows > 1)} of {cfg.seq_len:,}", "",
+           f"{'memory of a rank of each stage':36s}{'parameters':>12s}" + "".join(f"{name:>13s}" for name in MEMORY)]
+    for (counts, ends, params, *memory), at in groups.items():
+        blocks = [model_lib.ranges(range(*ends_of)) for ends_of in at[0]["blocks"]] if len(at) == 1 else map(str, counts)
+        what = ", ".join([f"blocks {' and '.join(blocks)}" if len(at) == 1 else f"{' and '.join(blocks)} blocks", *ends])
+        out.append(f"  {model_lib.ranges([row['rank'] for row in at]) + ': ' + what:34s}{model_lib.human(params):>12s}"
+                   + "".join(f"{human(n):>13s}" for n in memory))
+    out += ["", "sent in a step by a rank of each stage: axis, collective, bytes"]
+    for moves, at in sent.items():
+        out.append(f"  {model_lib.ranges(at)}: " + (", ".join(f"{axis} {what} {human(-n)}" for n, axis, what in moves) or "nothing"))
+    if cfg.pp > 1:
+        w, source = dist.BUBBLES[cfg.pp_schedule]
+        waits = f"{dist.bubble(cfg, number):.1%} of a step = (p-1) / ({f'{w} ' * (w > 1)}m + p-1)"
+        out += ["", f"bubble   {waits} of p = {cfg.pp} ranks and m = {number} micro-batches  {source}"]
+    out += ["", f"layouts that fit {0.9 * cfg.device_gb:.0f} of {cfg.device_gb:.0f} GB, fastest first; by estimate, where products reach "
+            f"{dist.REACHED:.0%} of {peak / 1e12:.0f} TFLOP/s,", f"links {dist.FAST / 1e9:.0f} GB/s among {dist.NODE} neighbours and "
+            f"{dist.SLOW / 1e9:.0f} beyond, nothing is sent while a rank computes, and experts are visited alike"]
+    for name, (seconds, other, held) in [("this", (dist.step_seconds(cfg, size, ranks, peak), cfg, ranks)), *zip("123", best)]:
+        most, waits = max(row["total"] for row in held), dist.bubble(other, dist.micro_shape(other, size)[1])
+        out.append(f"  {name:5s}{seconds[0]:8.3g} s a step: computing {seconds[1]:.3g} and {waits:.1%} bubble, sending {seconds[2]:.3g} | "
+                   f"{human(most)}{', which does not fit' * (most > 0.9e9 * cfg.device_gb)} | {flags_of_layout(other)}")
+    out += [] if best else ["  none; more ranks, a smaller --tokens_per_step or a larger --device_gb would have some"]
+    print("\n".join(out), flush=True)
 
 
 # ---- Sample ----
