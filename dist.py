@@ -22,7 +22,7 @@ A checkpoint is a folder of plain tensors in the safetensors layout and one JSON
 folder gets its name by a rename when all of it is on disk. Nothing is pickled, so opening one runs no code, and a half-written or damaged
 one is recognised and passed over for the one before.
 
-Contents:    config | the world | reductions | collectives of the layers | cuts and pieces | engines | safetensors | checkpoints | demo and bench
+Contents:    config | the world | layouts | reductions | collectives of the layers | cuts and pieces | engines | safetensors | checkpoints | plan | demo and bench
 References:
     [DDP] 2006.15704; [FSDP] 2304.11277; [Megatron] 1909.08053; [SP] Reducing Activation Recomputation, 2205.05198; [Ulysses] 2309.14509;
     [Ring] 2310.01889; [Llama3] 2407.21783; [GPipe] 1811.06965; [Megatron2] 2104.04473; [BFS] Breadth-First Pipeline, 2211.05953;
@@ -31,20 +31,27 @@ Run me:      python dist.py      (saves a checkpoint, damages it, recovers)
              torchrun --nproc_per_node=2 dist.py      (the same, and a token-weighted mean over two ranks)
 """
 import contextlib
+import copy
 import datetime
 import errno
 import faulthandler
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
+import statistics
 import tempfile
 import threading
 import time
 import uuid
 import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,6 +184,10 @@ def init(cfg):
         torch.cuda.set_device(local)
     elif size > 1:                           # torchrun sets one thread a rank, which leaves the other cores of a CPU idle
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if size == 1:
         return World(device=device)
@@ -222,6 +233,123 @@ def shutdown():
         td.barrier()
         faulthandler.cancel_dump_traceback_later()
         td.destroy_process_group()
+
+
+# ---- Layouts (which can run?) ----
+
+PP_SCHEDULES = {                   # flag --pp_schedule: torch's class, stages a rank, and do stages go forth and back over the ranks?
+    "gpipe": ("ScheduleGPipe", 1, False),                        # all forward, then all backward                  [GPipe sec 2]
+    "1f1b": ("Schedule1F1B", 1, False),                          # in turn, so that fewer micro-batches are kept   [Megatron2 sec 2.2]
+    "looped_bfs": ("ScheduleLoopedBFS", 2, False),               # as gpipe, with shorter stages                   [BFS sec 3]
+    "interleaved": ("ScheduleInterleaved1F1B", 2, False),        # as 1f1b, with shorter stages                    [Megatron2 sec 2.2]
+    "interleaved_zb": ("ScheduleInterleavedZeroBubble", 2, False),       # gradients of weights wait for a gap             [ZB sec 2]
+    "zbv": ("ScheduleZBVZeroBubble", 2, True),                   # the same, forth and back                        [ZB sec 6]
+    "dualpipev": ("ScheduleDualPipeV", 2, True),                 # forward of one beside backward of another       [DSV3 sec 3.2.1]
+}
+RECURRENT = {"linear", "lightning", "transnormer", "gdn", "kda"}         # mixers that hand on a state instead of keys
+
+
+def stage_owner(number, pp, schedule):
+    """Rank of pp that holds a stage."""
+    _, each, mirrored = PP_SCHEDULES[schedule]
+    return each * pp - 1 - number if mirrored and number >= pp else number % pp
+
+
+@functools.cache
+def divisors(n, *others):
+    """Numbers that divide n and all others."""
+    return [d for d in range(1, n + 1) if not any(k % d for k in (n, *others))]
+
+
+def micro_shape(cfg, size):
+    """(rows of a micro-batch, micro-batches of a step) of a rank; where nothing is said the fewest of 16,384 tokens at most, in a pipeline
+    two or more a rank."""
+    rows, most = cfg.tokens_per_step // cfg.seq_len // (size // (cfg.pp * cfg.cp * cfg.tp)), max(1, 16384 // cfg.seq_len)
+    number = rows // cfg.micro_batch if cfg.micro_batch else cfg.microbatches
+    if not number:
+        fits = [n for n in divisors(rows) if n * most >= rows]
+        even = [n for n in fits if n % cfg.pp == 0] if cfg.pp > 1 else fits
+        number = ([n for n in even if n >= 2 * cfg.pp and cfg.pp > 1] or even or [rows])[0]
+    return rows // number, number
+
+
+def refuse_layout(cfg, size):
+    """Refuse a layout that `size` ranks cannot run, by the flag at fault and with values that work. It reads the config alone: before any
+    process group and any weight."""
+    least = dict(dp=0, fsdp=0, hsdp=1, tp=1, pp=1, microbatches=0, cp=1, ep=1, timeout=1, world_size=0, micro_batch=0)
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise UsageError(f"--{name}={getattr(cfg, name)} must be at least {low}, for example {max(low, getattr(DistConfig, name, 1))}")
+    for name, table in (("pp_schedule", PP_SCHEDULES), ("cp_mode", CP_MODES), ("fsdp", range(4))):
+        if getattr(cfg, name) not in table:
+            raise UsageError(f"--{name}={getattr(cfg, name)} is not known; use one of {list(table)}")
+    pp, cp, tp, ep, H, schedule = cfg.pp, cfg.cp, cfg.tp, cfg.ep, cfg.n_head, cfg.pp_schedule
+    dp, left = divmod(size, pp * cp * tp)
+    if left or cfg.dp not in (0, dp):
+        fits = f"--dp={dp}, or leave it out" if not left else f"{max(1, round(size / (pp * cp * tp))) * pp * cp * tp} ranks"
+        grid, ranks = f"--dp={cfg.dp} x " * bool(cfg.dp) + f"--pp={pp} x --cp={cp} x --tp={tp}", max(1, cfg.dp) * pp * cp * tp
+        start = "" if cfg.world_size else f", or start with torchrun --nproc_per_node={ranks}"
+        raise UsageError(f"{grid} make {ranks} ranks{'' if cfg.dp else ' or a multiple of that'}, and there {'is' if size == 1 else 'are'} "
+                         f"{size}; use {fits}{start}")
+    batch, each = dp * cp, PP_SCHEDULES[schedule][1]
+    mixers = {name.partition("*")[0].strip() for name in (cfg.layers or cfg.attn).split(",")}
+    softmax, stages = mixers - RECURRENT, pp * each if pp > 1 else 1
+    kv = cfg.n_kv_head or (1 if "mqa" in mixers else max(1, H // 4) if "gqa" in mixers else H)
+    mirrored = cfg.cp_mode != "ulysses" and not mixers & RECURRENT and cfg.arch == "decoder"           # then a rank has two pieces of a row
+    cuts, unit = cp * (1 + mirrored), cfg.seq_len * dp * max(1, cfg.micro_batch)
+    low, ours = cfg.tokens_per_step // unit * unit, f" x --micro_batch={cfg.micro_batch}" * bool(cfg.micro_batch)
+    refuse_first((                 # (is it wrong?, what to say)
+        (cfg.world_size and not cfg.plan, f"--world_size={cfg.world_size} is a cluster that --plan imagines; give it --plan, too"),
+        (cfg.hsdp > 1 and not cfg.fsdp, f"--hsdp={cfg.hsdp} makes copies of sharded weights; give it --fsdp, or leave it out"),
+        (batch % cfg.hsdp, f"--hsdp={cfg.hsdp} does not divide dp x cp = {batch} ranks; use one of {divisors(batch)[:12]}"),
+        (tp > H, f"--tp={tp} ranks share --n_head={H} heads, at least one each; use --tp={divisors(H)[-1]} or less"),
+        (H % tp and softmax - {"mla"} and kv != H, f"--tp={tp} does not divide --n_head={H}, whose heads share keys; use one of {divisors(H)}"),
+        (softmax - {"mla"} and kv != H and kv % tp and tp % kv, f"--tp={tp}, {kv} key heads: one must divide the other; use one of {divisors(H, kv)}"),
+        (tp > cfg.vocab_size, f"--tp={tp} is more than --vocab_size={cfg.vocab_size}; use one of {divisors(H)}"),
+        (ep > 1 and not cfg.moe, f"--ep={ep} deals out experts, of which there are none; give it --moe, or leave it out"),
+        (ep > 1 and cfg.n_expert % ep, f"--ep={ep} does not divide --n_expert={cfg.n_expert}; use one of {divisors(cfg.n_expert, batch)}"),
+        (batch % ep, f"--ep={ep} does not divide dp x cp = {batch} ranks, which it shares; use one of {divisors(batch, cfg.n_expert)}"),
+        (cp > 1 and cfg.seq_len % cuts, f"--cp={cp} cuts rows into {cuts} pieces, and --seq_len={cfg.seq_len} is no multiple of that; use "
+         f"--seq_len={max(1, cfg.seq_len // cuts) * cuts}"),
+        (cp > 1 and cfg.cp_mode == "ulysses" and softmax and H % (tp * cp), f"--cp_mode=ulysses shares heads, and --cp={cp} x --tp={tp} "
+         f"does not divide --n_head={H}; use --cp={divisors(max(1, H // tp))[-1]} or another mode"),
+        (cp > 1 and cfg.cp_mode == "ring" and (cfg.attn_dropout or cfg.pos in ("shaw", "t5")),
+         "--cp_mode=ring has neither --attn_dropout nor --pos=shaw or t5; use --cp_mode=gather"),
+        (cp > 1 and cfg.arch == "encdec", f"--cp={cp} shares the rows of one text, and --arch=encdec reads two; use --cp=1"),
+        (cp > 1 and mixers & {"gdn", "kda"} and cfg.seq_len // cp < 4, f"--cp={cp} leaves a rank fewer tokens of --seq_len={cfg.seq_len} than the "
+         "convolution of gdn and kda reads; use --cp=1"),
+        (pp > 1 and cfg.arch == "encdec", f"--pp={pp} cuts one stack of blocks, and --arch=encdec has two; use --pp=1"),
+        (cfg.n_layer < stages, f"--pp={pp} with --pp_schedule={schedule} has {stages} stages, more than --n_layer={cfg.n_layer} blocks; "
+         f"use --pp={max(1, cfg.n_layer // each)}" + " or --pp_schedule=1f1b" * (each > 1)),
+        (cfg.norm == "batch" and size > 1, "--norm=batch takes its statistics over the rows of one rank, so ranks would train different "
+         "models; use one, or another --norm"),
+        (cfg.compile and pp > 1 and schedule in ("interleaved_zb", "zbv", "dualpipev"),
+         f"--pp_schedule={schedule} splits backward in two, which compiled blocks cannot; use --compile=false or --pp_schedule=1f1b"),
+        (low != cfg.tokens_per_step, f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len}{ours} "
+         f"x dp {dp}); use " + " or ".join(f"--tokens_per_step={n}" for n in (low, low + unit) if n)),
+    ))
+    rows, number = cfg.tokens_per_step // cfg.seq_len // dp, micro_shape(cfg, size)[1]
+    enough = {"1f1b": pp, "dualpipev": stages}.get(schedule, 1) if pp > 1 else 1
+    uneven = lambda n: pp > 1 and schedule.startswith("interleaved") and n % max(1, n // pp)
+    fits = [n for n in divisors(rows) if n >= enough and not uneven(n)]
+    fits = [] if cfg.micro_batch else fits
+    even = -(-max(number, enough) // pp) * pp                    # a multiple of pp suits every schedule
+    asked, more = cfg.microbatches, f"use --tokens_per_step={even * unit}" + " and no --microbatches" * bool(cfg.microbatches)
+    use = f"use --microbatches={fits[0]}" if fits else more
+    refuse_first((
+        (asked and rows % asked, f"--microbatches={asked} does not divide the {rows} rows of a rank; {use}"),
+        (asked and number != asked, f"--microbatches={asked} of --micro_batch={cfg.micro_batch} rows are not the {rows} rows of a rank; "
+         "leave one of them out"),
+        (number < enough, f"{number} micro-batches of a rank are fewer than the {enough} that --pp={pp} with --pp_schedule={schedule} "
+         f"needs; {use}"),
+        (uneven(number), f"{number} micro-batches do not come in rounds of one length, as --pp_schedule={schedule} needs; {use}"),
+    ))
+
+
+def refuse_first(table):
+    for wrong, message in table:
+        if wrong:
+            raise UsageError(message)
 
 
 # ---- Reductions (one number from all ranks) ----
@@ -500,23 +628,6 @@ class Share:
     copies: int                    # how often this same part is held
     writes: bool                   # is this the one of them that is saved?
     sums: tuple                    # groups over which the gradient is added up after backward
-
-
-PP_SCHEDULES = {                   # flag --pp_schedule: torch's class, stages a rank, and do stages go forth and back over the ranks?
-    "gpipe": ("ScheduleGPipe", 1, False),                        # all forward, then all backward                  [GPipe sec 2]
-    "1f1b": ("Schedule1F1B", 1, False),                          # in turn, so that fewer micro-batches are kept   [Megatron2 sec 2.2]
-    "looped_bfs": ("ScheduleLoopedBFS", 2, False),               # as gpipe, with shorter stages                   [BFS sec 3]
-    "interleaved": ("ScheduleInterleaved1F1B", 2, False),        # as 1f1b, with shorter stages                    [Megatron2 sec 2.2]
-    "interleaved_zb": ("ScheduleInterleavedZeroBubble", 2, False),       # gradients of weights wait for a gap             [ZB sec 2]
-    "zbv": ("ScheduleZBVZeroBubble", 2, True),                   # the same, forth and back                        [ZB sec 6]
-    "dualpipev": ("ScheduleDualPipeV", 2, True),                 # forward of one beside backward of another       [DSV3 sec 3.2.1]
-}
-
-
-def stage_owner(number, pp, schedule):
-    """Rank of pp that holds a stage."""
-    _, each, mirrored = PP_SCHEDULES[schedule]
-    return each * pp - 1 - number if mirrored and number >= pp else number % pp
 
 
 def summed(group, bucket):
@@ -817,6 +928,16 @@ SAFE = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.
 SAFE_TYPES = {name: dtype for dtype, name in SAFE.items()}
 
 
+STRANGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)          # what JSON of the wrong form leads to
+
+
+def whole_numbers(values):
+    """A list from a file as a tuple that can be a shape or a place, or ValueError."""
+    if not (isinstance(values, list) and all(type(n) is int and n >= 0 for n in values) and math.prod(max(1, n) for n in values) < 2**62):
+        raise ValueError(f"{str(values)[:80]} is not a list of sizes")
+    return tuple(values)
+
+
 def raw_bytes(tensor):
     """The memory of a tensor as a flat uint8 array, without a copy where it is contiguous on the CPU."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -831,11 +952,15 @@ def write_safetensors(path, tensors, metadata=None):
         offset += size
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)                              # tensors begin on a multiple of 8 bytes
-    digest = hashlib.sha256()
-    with atomic_write(path) as file:
-        for block in (len(head).to_bytes(8, "little"), head, *(raw_bytes(t) for t in tensors.values() if t.numel())):
-            digest.update(block)
+    digest = hashlib.sha256(len(head).to_bytes(8, "little") + head)
+    with ThreadPoolExecutor(1) as beside, atomic_write(path) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for t in (t for t in tensors.values() if t.numel()):
+            block = raw_bytes(t)
+            hashed = beside.submit(digest.update, block)         # while it is written and synced: both let go of Python's lock
             file.write(block)
+            if block.ctypes.data != t.data_ptr():                # a copy: one of them at a time
+                hashed.result()
     return digest.hexdigest()
 
 
@@ -853,172 +978,229 @@ def read_safetensors(path):
         tensors = {}
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            dtype, count = SAFE_TYPES[entry["dtype"]], int(np.prod(entry["shape"], dtype=object))
+            dtype, count = SAFE_TYPES[entry["dtype"]], math.prod(whole_numbers(entry["shape"]))
             if not 0 <= start <= stop <= len(data) or stop - start != count * dtype.itemsize:
                 raise ValueError(f"tensor {name} wants bytes {start:,} to {stop:,} of {len(data):,}: the file was cut short")
             flat = torch.from_numpy(data[start:stop])
             if (8 + length + start) % dtype.itemsize:            # foreign files may start anywhere
                 flat = flat.clone()
             tensors[name] = flat.view(dtype).reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError) as error:
+    except STRANGE as error:
         raise UsageError(f"{path} is not a whole safetensors file ({error}); copy or save it again") from None
     return tensors
 
 
 # ---- Checkpoints (a folder that is either whole or not there) ----
 
-# folder/step_00000250/  shard_00000.safetensors ...   what each rank writes: of every tensor some boxes, each held by one rank
-#                        manifest.json                 where every box of every tensor lies, sha256 and size of all files, the state
-# Ranks write without waiting for each other into a folder .saving-...; who is done says so in a file of its own, and the main rank makes
-# the manifest of these, syncs, and renames the folder. So it may as well happen in a thread, while training goes on. All ranks see one
-# file system. Reading intersects the boxes that were saved with those wanted, so any layout reads what any other wrote.
-
 @dataclass
 class Held:
-    """What a rank holds of one tensor: whole[place : place + size] is local[offset : offset + size], for every piece."""
-    local: torch.Tensor
-    shape: tuple                   # of the whole
-    pieces: list                   # [(place, offset, size)], a number for every dimension each
-    writes: bool = True            # exactly one of the ranks that hold the same pieces saves them
+    """What this rank holds of one tensor: boxes of it, each with as many numbers as the tensor has axes."""
+    local: torch.Tensor            # the memory they lie in
+    shape: tuple                   # of the whole tensor
+    pieces: list                   # [(place, offset, size)]: whole[place : place + size] is local[offset : offset + size]
+    writes: bool = True            # exactly one of the ranks that hold the same copy writes it
 
     @classmethod
     def whole(cls, tensor, writes=True):
-        zeros = (0,) * tensor.ndim
-        return cls(tensor, tuple(tensor.shape), [(zeros, zeros, tuple(tensor.shape))], writes)
+        shape, origin = tuple(tensor.shape), (0,) * tensor.ndim
+        return cls(tensor, shape, [(origin, origin, shape)], writes)
+
+    def views(self):
+        """(place, size, view of local) of every piece with anything in it."""
+        for place, offset, size in self.pieces:
+            if not (_inside(place, size, self.shape) and _inside(offset, size, self.local.shape)):
+                raise UsageError(f"a piece of size {tuple(size)} at {tuple(place)} of a tensor {tuple(self.shape)} is said to lie at "
+                                 f"{tuple(offset)} of a local one {tuple(self.local.shape)}; it must lie inside both")
+            if 0 not in size:
+                yield tuple(place), tuple(size), self.local.detach()[_box(offset, size)]
 
 
-def box(start, size):
-    return tuple(slice(a, a + n) for a, n in zip(start, size))
+def _box(place, size):
+    return tuple(slice(p, p + n) for p, n in zip(place, size))
 
 
-ATTEMPT = dict(pid=0, run="", number=0)      # names of the folders being written: all ranks count alike
-WRITING = dict(thread=None, errors=[])       # the save that is on its way in the background
-KEPT = {}                                    # memory of the copies it writes, used again by the next
+def _inside(place, size, shape):
+    return len(place) == len(size) == len(shape) and all(0 <= p <= p + n <= whole for p, n, whole in zip(place, size, shape))
 
 
-def save_checkpoint(folder, step, held, state, keep=2, world=World(), background=False, wait=600):
-    """Write folder/step_XXXXXXXX and point folder/latest at it; `keep` of the newest stay. Every rank calls it, with what it holds:
-    {name: Held, or a whole tensor that the main rank has}, and the same JSON state.
+def _fills(shape, boxes):
+    """Do the boxes [(place, size)] hold every element of the shape exactly once?"""
+    if any(0 in size or not _inside(place, size, shape) for place, size in boxes):
+        return False
+    if len(boxes) < 2 or sum(math.prod(size) for _, size in boxes) != math.prod(shape):
+        return sum(math.prod(size) for _, size in boxes) == math.prod(shape)
+    start, size = (np.array(column) for column in zip(*sorted(boxes)))
+    stop = start + size
+    ahead = np.searchsorted(start[:, 0], stop[:, 0])             # only those that begin before box i ends can meet it
+    return not any(((start[i + 1:j] < stop[i]) & (stop[i + 1:j] > start[i])).all(1).any() for i, j in enumerate(ahead) if j > i + 1)
 
-    The new folder is complete and synced before its rename and before any older one is deleted. OSError on all ranks, with everything as
-    it was, if one of them could not write (a full disk) or was not done in `wait` seconds. background: returns once the tensors are copied;
-    an error comes with the next save, or saving()."""
-    saving(world)
-    folder, held = Path(folder), {name: one if isinstance(one, Held) else Held.whole(one, world.main) for name, one in held.items()}
-    if ATTEMPT["pid"] != os.getpid():
-        ATTEMPT.update(pid=os.getpid(), run=from_main(world, uuid.uuid4().hex[:12]), number=0)
-    ATTEMPT["number"] += 1
-    temp = folder / f".saving-{ATTEMPT['run']}-{ATTEMPT['number']}"
-    tensors, table = {}, {}
-    for name, one in held.items():
-        for number, (place, offset, size) in enumerate(one.pieces if one.writes else []):
-            key, part = f"{name}#{number}" if len(one.pieces) > 1 else name, one.local.detach()[box(offset, size)]
-            tensors[key] = copied(key, part) if background else part
-            table.setdefault(name, dict(dtype=SAFE[part.dtype], shape=list(one.shape), pieces=[]))["pieces"].append(
-                dict(file=f"shard_{world.rank:05d}.safetensors", key=key, place=list(place), size=list(size)))
 
-    def work():
-        try:
-            write_shard(temp, world, tensors, table)
-            if world.main:
-                publish(folder, temp, step, world, state, keep, wait)
-        finally:
-            if world.main:
-                shutil.rmtree(temp, ignore_errors=True)
+def _first_said(world, text):
+    """The text of the first rank that has any to say, on every rank."""
+    if world.size == 1:
+        return text
+    box, raw = torch.zeros(world.size, 1000, dtype=torch.uint8), text.encode()[:1000]
+    box[world.rank, :len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
+    rows = all_sum(world, box.to(world.device)).cpu().numpy()
+    return next((said for row in rows if (said := row.tobytes().rstrip(b"\0").decode(errors="ignore"))), "")
 
+
+_SAVING = []                       # the save in the background, if there is one: (thread, world, [what went wrong])
+_COPIES = {}                       # the memory of its tensors, used again by the next
+
+
+def save_checkpoint(folder, step, held, state, keep=2, world=World(), background=False, timeout=600):
+    """Write folder/step_XXXXXXXX (a shard of every rank that writes anything, manifest.json) and point folder/latest at it.
+
+    held: {global name: Held, or a tensor that rank 0 writes whole}; state: JSON (step, data position, configuration). Every
+    rank calls it, with what it holds and the same step and state; all share one file system. The new folder is complete and
+    synced before its rename and before any older one is deleted; `keep` of them stay. Where a rank cannot write (a full disk),
+    or has not after `timeout` seconds, every rank raises OSError and the older ones are as they were. In the background, all
+    that is waited for is a copy of the tensors to CPU memory; saving() waits for the rest."""
+    saving()
+    table, tensors = _own_part(held, world)
+    state = json.loads(json.dumps(state))                        # as it is now
     if background:
-        def quietly():
-            try:
-                work()
-            except OSError as error:
-                WRITING["errors"].append(error)
-        WRITING["thread"] = threading.Thread(target=quietly, name="checkpoint")
-        WRITING["thread"].start()
-    else:
-        agreed(world, work)
+        tensors = _copied(tensors)
+    with _peers():
+        temp = Path(folder) / f".saving-{from_main(world, uuid.uuid4().hex)}"        # one name on all ranks, never used before
+    job, wrong = (temp, step, table, tensors, state, keep, world, timeout), []
+    if not background:
+        return _agree(world, _write(*job))
+    _SAVING.append((threading.Thread(target=lambda: wrong.append(_write(*job)), daemon=True), world, wrong))
+    _SAVING[0][0].start()
 
 
-def copied(key, tensor):
-    """A copy in memory of the CPU, which later copies under the same key reuse."""
-    buffer = KEPT.get(key)
-    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-        buffer = KEPT[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return buffer.copy_(tensor)
+def saving():
+    """Wait for the save in the background, if there is one; its OSError is raised here, on every rank."""
+    if _SAVING:
+        thread, world, wrong = _SAVING.pop()
+        thread.join()
+        _agree(world, wrong[0])
 
 
-def agreed(world, work):
-    """Do it; OSError on every rank if it could not be done on one."""
-    fault = ""
+def _agree(world, error):
+    """Raise on every rank what went wrong on any."""
+    with _peers():
+        said = _first_said(world, _reason(world, error) if error else "")
+    if error or said:
+        raise error or OSError(errno.EIO, said)
+
+
+def _reason(world, error):
+    said = getattr(error, "strerror", None) or str(error)
+    return said if said.startswith("rank ") else f"rank {world.rank}: {said}"
+
+
+@contextlib.contextmanager
+def _peers():
+    """A rank that died reads as an OSError, like all else that keeps a save from its end."""
     try:
-        work()
-    except OSError as error:
-        fault = error.strerror or str(error)
-    if fault := next(filter(None, all_texts(world, fault)), ""):
-        raise OSError(errno.EIO, fault)
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(errno.ECONNRESET, "another rank is gone") from error
 
 
-def saving(world=World()):
-    """Wait for a save in the background. All ranks call it together, and OSError comes on all."""
-    if WRITING["thread"] is not None:
-        WRITING["thread"].join()
-        WRITING["thread"], errors = None, WRITING["errors"][:]
-        WRITING["errors"].clear()
+def _own_part(held, world):
+    """({name: its dtype, shape and the pieces this rank writes}, {key in this rank's shard: tensor})."""
+    table, tensors = {}, {}
+    for name, h in held.items():
+        h, pieces = h if isinstance(h, Held) else Held.whole(h, writes=world.main), []
+        if h.local.dtype not in SAFE:
+            raise UsageError(f"tensor {name} is {h.local.dtype}, which a safetensors file cannot hold; use one of {list(SAFE)}")
+        for place, size, view in h.views() if h.writes else ():
+            key = name if size == tuple(h.shape) else f"{name}@{','.join(map(str, place))}"
+            if key in tensors:
+                raise UsageError(f"rank {world.rank} holds {key} twice; every element is written once")
+            tensors[key] = view
+            pieces.append(dict(file=f"shard_{world.rank:05d}.safetensors", key=key, place=place, size=size))
+        table[name] = dict(dtype=SAFE[h.local.dtype], shape=tuple(h.shape), pieces=pieces)
+    return table, tensors
 
-        def work():
-            if errors:
-                raise errors[0]
-        agreed(world, work)
+
+def _copied(tensors):
+    """The tensors in CPU memory of our own (pinned for a GPU's), the same memory from save to save."""
+    for key in [key for key, c in _COPIES.items() if key not in tensors or (c.shape, c.dtype) != (tensors[key].shape, tensors[key].dtype)]:
+        del _COPIES[key]
+    for key, t in tensors.items():
+        if key not in _COPIES:
+            _COPIES[key] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+        _COPIES[key].copy_(t, non_blocking=True)
+    if any(t.is_cuda for t in tensors.values()):
+        torch.cuda.synchronize()
+    return {key: _COPIES[key] for key in tensors}
 
 
-def write_shard(temp, world, tensors, table):
-    """This rank's file and, when that is on the disk, the note that says so; or one that says that it failed."""
-    temp.mkdir(parents=True, exist_ok=True)
-    name = f"shard_{world.rank:05d}"
+def _write(temp, step, table, tensors, state, keep, world, timeout):
+    """A rank's part of a save, and on rank 0 the rest of it. Without collectives, so that any thread may run it: ranks leave
+    notes for rank 0 in the folder. Returns what went wrong, or None."""
+    error, shard, note = None, temp / f"shard_{world.rank:05d}.safetensors", temp / f"rank_{world.rank:05d}.json"
     try:
-        files = {}
-        if tensors:
-            digest = write_safetensors(temp / f"{name}.safetensors", tensors)
-            files = {f"{name}.safetensors": dict(sha256=digest, bytes=os.path.getsize(temp / f"{name}.safetensors"))}
-        with atomic_write(temp / f"{name}.json", "w") as file:
-            json.dump(dict(files=files, tensors=table), file)
-    except OSError:
-        with contextlib.suppress(OSError):                       # a full disk may still take an empty file; else the main rank waits in vain
-            (temp / f"{name}.failed").touch()
-        raise
+        if world.main:                                           # what a process that was killed while saving left
+            for stale in {*temp.parent.glob(".saving-*"), *temp.parent.glob(".latest.*.tmp")} - {temp}:
+                shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
+        temp.mkdir(parents=True, exist_ok=True)
+        files = {shard.name: dict(sha256=write_safetensors(shard, tensors), bytes=os.path.getsize(shard))} if tensors else {}
+        with atomic_write(note, "w") as file:
+            file.write(json.dumps(dict(files=files, tensors=table)))
+    except Exception as failure:
+        error = failure
+        with contextlib.suppress(OSError):                       # without a note, rank 0 learns it from the clock
+            shard.unlink(missing_ok=True)                        # room for the note
+            note.write_text(_reason(world, error), encoding="utf-8")
+    if world.main:
+        try:
+            notes = _notes(temp, range(1 if error else 0, world.size), timeout)
+            if not error:
+                _complete(temp, step, notes, state, keep)
+        except Exception as failure:
+            error = error or failure
+        shutil.rmtree(temp, ignore_errors=True)
+    return error
 
 
-def publish(folder, temp, step, world, state, keep, wait):
-    """The main rank's part: the manifest of all shards, the rename, and the end of older checkpoints."""
-    for stale in folder.glob(".saving-*"):                   # of processes that were killed while saving
-        if stale != temp:
-            shutil.rmtree(stale, ignore_errors=True)
-    notes, deadline = [temp / f"shard_{rank:05d}.json" for rank in range(world.size)], time.monotonic() + wait
-    while not all(note.exists() for note in notes):
-        if failed := next(temp.glob("*.failed"), None):
-            raise OSError(errno.EIO, f"{failed.stem} could not be written")
-        if time.monotonic() > deadline:
-            missing = [note.stem for note in notes if not note.exists()]
-            raise OSError(errno.ETIMEDOUT, f"{', '.join(missing[:4])} not written within {wait} s")
+def _notes(temp, ranks, timeout):
+    """What the ranks wrote of their parts, once all have; OSError with the reason where one of them failed."""
+    end, names = time.monotonic() + timeout, [f"rank_{rank:05d}.json" for rank in ranks]
+    while missing := set(names) - set(os.listdir(temp)):
+        if time.monotonic() > end:
+            raise TimeoutError(errno.ETIMEDOUT, f"no {', '.join(sorted(missing))[:300]} after {timeout} s: a rank is gone, or too slow")
         time.sleep(0.01)
+    for name in names:
+        text = (temp / name).read_text(encoding="utf-8", errors="replace")
+        if not text.startswith("{"):
+            raise OSError(errno.EIO, text or f"{name} is empty: that rank could not even write why")
+    return [json.loads((temp / name).read_text(encoding="utf-8")) for name in names]
+
+
+def _complete(temp, step, notes, state, keep):
+    """All shards are on disk: merge the notes into the manifest, give the folder its name, let old ones go."""
     files, table = {}, {}
     for note in notes:
-        one = json.loads(note.read_text())
-        files |= one["files"]
-        for name, entry in one["tensors"].items():
-            table.setdefault(name, entry | dict(pieces=[]))["pieces"] += entry["pieces"]
-    manifest = dict(format=2, step=step, files=files, tensors=table, state=state)
-    with atomic_write(temp / "manifest.json", "w") as file:
-        json.dump(manifest | {"sha256": _own_hash(manifest)}, file)
-    for note in notes:
+        files |= note["files"]
+        for name, entry in note["tensors"].items():
+            whole = table.setdefault(name, entry | dict(pieces=[]))
+            if (whole["dtype"], whole["shape"]) != (entry["dtype"], entry["shape"]):
+                raise UsageError(f"tensor {name}: {whole['dtype']} {whole['shape']} on one rank, "
+                                 f"{entry['dtype']} {entry['shape']} on another")
+            whole["pieces"] += entry["pieces"]
+    for name, entry in table.items():
+        if not _fills(entry["shape"], [(piece["place"], piece["size"]) for piece in entry["pieces"]]):
+            raise UsageError(f"tensor {name} {entry['shape']}: the pieces that ranks write do not hold every element exactly once")
+    for note in temp.glob("rank_*.json"):
         note.unlink()
-    name = f"step_{step:08d}"
-    if (folder / name).exists():                             # a damaged one of this step, passed over when resuming
-        _discard(folder / name)
-    os.rename(temp, folder / name)
+    manifest = dict(format=2, step=step, state=state, files=files, tensors=table)
+    with atomic_write(temp / "manifest.json", "w") as file:
+        file.write(json.dumps(manifest | {"sha256": _own_hash(manifest)}))
+    folder, final = temp.parent, temp.parent / f"step_{step:08d}"
+    if final.exists():                                           # a damaged one of this step, passed over when resuming
+        _discard(final)
+    os.rename(temp, final)
     sync_folder(folder)
     with atomic_write(folder / "latest", "w") as file:
-        file.write(name)
-    for old in checkpoints(folder)[:-keep]:
+        file.write(final.name)
+    found = checkpoints(folder)
+    for old in found[:found.index(final) + 1][:-keep]:           # never this one for the sake of damaged ones after it
         _discard(old)
 
 
@@ -1047,120 +1229,363 @@ def checkpoints(folder):
     return sorted(p for p in Path(folder).glob("step_*") if p.is_dir())
 
 
-def read_manifest(path):
-    """manifest.json of one checkpoint, whose every claim fits the others: it is whole, it names files inside its folder alone, and the pieces
-    of every tensor lie in it, apart from each other, and fill it."""
-    path = Path(path)
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["sha256"] != _own_hash(manifest):
-            raise ValueError("its own sha256 does not match: it was changed or damaged")
-        if manifest["format"] != 2:
-            raise ValueError(f"format {manifest['format']} is not known")
-        for name in manifest["files"]:
-            if Path(name).name != name or name in (".", ".."):
-                raise ValueError(f"it names a file outside its folder: {name!r}")
-        for name, entry in manifest["tensors"].items():
-            boxes = [[(a, a + n) for a, n in zip(piece["place"], piece["size"], strict=True)] for piece in entry["pieces"]]
-            inside = all(0 <= a <= b <= n for one in boxes for (a, b), n in zip(one, entry["shape"], strict=True))
-            apart = all(overlap(one, other) is None for i, one in enumerate(boxes) for other in boxes[:i])
-            filled = sum(math.prod(b - a for a, b in one) for one in boxes) == math.prod(entry["shape"])
-            if entry["dtype"] not in SAFE_TYPES or not (inside and apart and filled) or any(p["file"] not in manifest["files"] for p in entry["pieces"]):
-                raise ValueError(f"the pieces of tensor {name} do not make it up")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: no whole manifest.json ({type(error).__name__}: {error})") from None
+@dataclass
+class Saved:
+    """A checkpoint that was found good. Its tensors stay in their files until they are asked for."""
+    path: Path
+    step: int
+    state: dict
+    table: dict                    # {name: dtype, shape, pieces: [{file, key, place, size}]}
+    files: dict                    # {file: {key: tensor over a memory map}}
+
+    def whole(self, name):
+        """One tensor, all of it: the memory map itself where one piece is all (copy before writing)."""
+        entry = self._entry(name)
+        if len(entry["pieces"]) == 1:
+            return self.files[entry["pieces"][0]["file"]][entry["pieces"][0]["key"]]
+        whole = torch.empty(entry["shape"], dtype=SAFE_TYPES[entry["dtype"]])
+        self.fill(name, Held.whole(whole))
+        return whole
+
+    def fill(self, name, held):
+        """Copy into held.local, in its dtype, what it holds of the tensor, from wherever the pieces lie now."""
+        entry = self._entry(name)
+        if tuple(entry["shape"]) != tuple(held.shape):
+            raise UsageError(f"{self.path}: tensor {name} is {entry['shape']} there and {list(held.shape)} here: another model's")
+        for place, size, view in held.views():
+            missing = view.numel()
+            for piece in entry["pieces"]:
+                low = [max(p, q) for p, q in zip(place, piece["place"])]
+                both = [min(p + n, q + m) - at for p, n, q, m, at in zip(place, size, piece["place"], piece["size"], low)]
+                if all(n > 0 for n in both):
+                    there = _box([at - q for at, q in zip(low, piece["place"])], both)
+                    view[_box([at - p for at, p in zip(low, place)], both)].copy_(self.files[piece["file"]][piece["key"]][there])
+                    missing -= math.prod(both)
+            if missing:
+                raise UsageError(f"{self.path}: {missing:,} elements of tensor {name} are in none of its files")
+
+    def _entry(self, name):
+        if name not in self.table:
+            raise UsageError(f"{self.path} has no tensor {name}: it is another model's")
+        return self.table[name]
+
+
+def _must(fact, text):
+    if not fact:
+        raise ValueError(text)
+
+
+def _plain(file):
+    """The file, or where it would be one: a link could lead anywhere, and a pipe would never end."""
+    _must(not file.is_symlink() and (file.is_file() or not file.exists()), f"{file.name} is not a plain file")
+    return file
+
+
+def _read_manifest(path):
+    text = _plain(path / "manifest.json").read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    _must(manifest["format"] == 2, f"its format is {manifest['format']!r}, and this reads 2")
+    _must(manifest["sha256"] == _own_hash(manifest) and text == json.dumps(manifest), "it was changed or damaged: its sha256 differs")
+    _must([type(manifest[key]) for key in ("step", "state", "files", "tensors")] == [int, dict, dict, dict], "an entry has a strange type")
     return manifest
 
 
-def overlap(one, other):
-    """The box that two boxes share, or None."""
-    shared = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other)]
-    return None if any(a >= b for a, b in shared) else shared
-
-
-class Saved:
-    """A checkpoint whose files are as its manifest says. Tensors are read when they are asked for."""
-
-    def __init__(self, path, manifest):
-        self.path, self.step, self.state, self.table, self.read = Path(path), manifest["step"], manifest["state"], manifest["tensors"], {}
-
-    def piece(self, name, piece):
-        """The saved tensor behind one piece, over a memory map."""
-        if piece["file"] not in self.read:
-            self.read[piece["file"]] = read_safetensors(self.path / piece["file"])
-        tensor = self.read[piece["file"]].get(piece["key"])
-        if tensor is None or list(tensor.shape) != piece["size"] or SAFE[tensor.dtype] != self.table[name]["dtype"]:
-            raise UsageError(f"{self.path}: {piece['file']} does not hold what the manifest says of {name}; it belongs to another checkpoint")
-        return tensor
-
-    def whole(self, name):
-        entry = self.table[name]
-        if len(entry["pieces"]) == 1:
-            return self.piece(name, entry["pieces"][0])
-        tensor = torch.empty(entry["shape"], dtype=SAFE_TYPES[entry["dtype"]])
-        self.fill(name, Held.whole(tensor))
-        return tensor
-
-    @torch.no_grad()
-    def fill(self, name, held):
-        """Copy what was saved of a tensor into what this rank holds of it."""
-        if name not in self.table:
-            raise UsageError(f"the checkpoint {self.path} lacks {name}; it belongs to another model")
-        entry = self.table[name]
-        if entry["shape"] != list(held.shape):
-            raise UsageError(f"{name} is {entry['shape']} in the checkpoint {self.path} and {list(held.shape)} here; it belongs to another model")
+def _open_files(path, manifest, world):
+    """{file: {key: tensor}}: every rank looks at every file and hashes its share of them; then what the table says of them."""
+    files = {}
+    for number, (name, want) in enumerate(manifest["files"].items()):
+        _must(re.fullmatch(r"shard_[0-9]{5,9}\.safetensors", name), f"its manifest names a file outside its folder or kind: {name[:80]!r}")
+        size = os.path.getsize(_plain(path / name))
+        _must(size == want["bytes"], f"{name} is damaged: {size:,} bytes, the manifest says {want['bytes']}")
+        have = file_hash(path / name) if number % world.size == world.rank else want["sha256"]
+        _must(have == want["sha256"], f"{name} is damaged: sha256 {have[:12]}..., the manifest says {want['sha256'][:12]}...")
+        files[name] = read_safetensors(path / name)
+    keys = []
+    for name, entry in manifest["tensors"].items():              # what a piece claims, its file has: nothing is larger than the files
+        boxes = []
         for piece in entry["pieces"]:
-            there = [(a, a + n) for a, n in zip(piece["place"], piece["size"])]
-            for place, offset, size in held.pieces:
-                shared = overlap(there, [(a, a + n) for a, n in zip(place, size)])
-                if shared is not None:
-                    source = self.piece(name, piece)[tuple(slice(a - p, b - p) for (a, b), p in zip(shared, piece["place"]))]
-                    held.local[tuple(slice(a - p + o, b - p + o) for (a, b), p, o in zip(shared, place, offset))] = source.to(held.local.device)
+            t = files[piece["file"]][piece["key"]]
+            _must((SAFE[t.dtype], t.shape) == (entry["dtype"], whole_numbers(piece["size"])), f"{piece['file']} has another {name[:80]!r}")
+            boxes.append((whole_numbers(piece["place"]), tuple(t.shape)))
+            keys.append((piece["file"], piece["key"]))
+        _must(entry["dtype"] in SAFE_TYPES and _fills(whole_numbers(entry["shape"]), boxes), f"pieces of {name[:80]!r} do not fill it")
+    _must(sorted(keys) == sorted((name, key) for name in files for key in files[name]), "its manifest and its files name different tensors")
+    return files
 
 
 def open_checkpoint(path, world=World()):
-    """Saved, every byte of it checked against the manifest: each file by one rank, and all ranks come to the same verdict."""
-    fault = ""
+    """The checkpoint in a folder, the sha256 of each file checked by one of the ranks. Every rank calls it; the first fault that
+    any of them found is a UsageError on all."""
+    path, said, manifest = Path(path), "", {}
     try:
-        manifest = read_manifest(path)
-        for name, want in list(manifest["files"].items())[world.rank::world.size]:
-            check_file(Path(path) / name, want)
-    except UsageError as error:
-        fault = str(error)
-    if fault := next(filter(None, all_texts(world, fault)), ""):
-        raise UsageError(fault)
-    return Saved(path, manifest)
+        manifest = _read_manifest(path)
+    except (OSError, *STRANGE) as error:
+        said = f"{path}/manifest.json is not whole ({type(error).__name__}: {str(error)[:200]})"
+    theirs = from_main(world, "" if said else manifest["sha256"])
+    try:
+        _must(said or theirs == manifest["sha256"], f"rank {world.rank} does not see the manifest that rank 0 sees")
+        files = {} if said else _open_files(path, manifest, world)
+    except (OSError, *STRANGE) as error:
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else f"{path}: {error}"
+    if said := _first_said(world, said):
+        raise UsageError(said)
+    return Saved(path, manifest["step"], manifest["state"], manifest["tensors"], files)
 
 
-def check_file(path, want):
-    try:
-        size = os.path.getsize(path)
-        have = file_hash(path) if size == want["bytes"] else ""
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    if size != want["bytes"]:
-        raise UsageError(f"{path} is damaged: it has {size:,} bytes, the manifest says {want['bytes']:,}")
-    if have != want["sha256"]:
-        raise UsageError(f"{path} is damaged: sha256 {have[:12]}..., the manifest says {want['sha256'][:12]}...")
+def read_checkpoint(path):
+    """(tensors, state, step) of one checkpoint folder, all tensors whole."""
+    saved = open_checkpoint(path)
+    return {name: saved.whole(name) for name in saved.table}, saved.state, saved.step
 
 
 def newest_checkpoint(folder, say=print, world=World()):
-    """open_checkpoint of the newest good one under `folder`, or None where there is none at all. Damaged ones are named and passed over;
-    damaged ones only is an error: a run must never begin again from nothing by itself."""
-    found = [Path(folder) / name for name in json.loads(from_main(world, json.dumps([path.name for path in checkpoints(folder)])))]
-    for path in reversed(found):
+    """open_checkpoint of the newest good one under `folder`, or None where there is none at all. Rank 0 lists them, all ranks
+    try each. Damaged ones are named by rank 0 and passed over; damaged ones only is an error: a run must never begin again
+    from nothing by itself."""
+    found, tried = [p.name for p in reversed(checkpoints(folder))] if world.main else [], 0
+    while name := from_main(world, found[tried] if tried < len(found) else ""):
         try:
-            return open_checkpoint(path, world)
+            return open_checkpoint(Path(folder) / name, world)
         except UsageError as error:
-            say(f"checkpoint passed over: {error}")
-    if found:
-        raise UsageError(f"all {len(found)} checkpoints in {folder} are damaged; restore one, or start again with --overwrite")
+            if world.main:
+                say(f"checkpoint passed over: {error}")
+        tried += 1
+    if tried:
+        raise UsageError(f"all {tried} checkpoints in {folder} are damaged; restore one, or start again with --overwrite")
     return None
+
+
+# ---- Plan (what would it take?) ----
+
+# Nothing is built: parameters are counted by how they are cut, activations by what layers keep (model.py:pieces), and bytes on the network
+# by what sends them, of one rank and one step: an all-reduce counts its tensor, an all-gather its output, a reduce-scatter and an
+# all-to-all their input, a send what is sent.
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, and how a layout cuts it."""
+    shape: tuple
+    dim: int = None                # what tp cuts; None: every rank has all of it, -1: the first has
+    parts: int = 1                 # in how many parts that dimension comes
+    heads: int = 0                 # key heads in it: tp must divide them, or it stays whole
+    expert: bool = False           # ep cuts its first dimension
+    cast: bool = False             # products read a narrow copy of it, which backward reads, too
+    inside: bool = True            # it is read by what tp shares, so its gradients are parts of a sum
+
+
+@dataclass
+class Piece:
+    """What stages are made of: a block, what comes before them, what ends the model. Functions of it take the config first."""
+    name: str
+    held: list                     # [Weight]
+    macs: float = 0.0              # multiply-adds of a token
+    keeps: object = lambda cfg, tokens, width, cuda: dict(none=0, norm=0, selective=0, full=0)         # bytes for backward, by --ac
+    moves: object = lambda cfg, rows, width: []        # [(axis, collective, bytes, bytes when a block runs again, collective back, bytes)]
+    block: bool = False            # a unit of FSDP, and of --ac
+
+
+def shard_dim(shape, n):
+    """The dimension of which n ranks of FSDP hold a part each: the first, unless it is too short and another divides."""
+    return 0 if shape[0] >= n else next((dim for dim, k in enumerate(shape) if k and k % n == 0), 0)
+
+
+def counted(piece, cfg, size, rank=0):
+    """Numbers of a piece on rank `rank` of tp: `dense` and `experts` as layers see them, the largest `shard` of each, `gathered` all shards
+    padded to that, what is `cast` for products, and whose gradients `tp` adds up."""
+    out, batch = Counter(), size // (cfg.pp * cfg.tp)
+    for held in piece.held:
+        shape, expert = list(held.shape), held.expert and cfg.ep > 1
+        shape[0] //= cfg.ep if expert else 1
+        cut = cfg.tp > 1 and held.dim is not None and not (held.heads and held.heads % cfg.tp)
+        if cut and held.dim < 0:
+            shape[0] *= rank == 0
+        elif cut:
+            each = shape[held.dim] // held.parts
+            shape[held.dim] = held.parts * (each * (rank + 1) // cfg.tp - each * rank // cfg.tp)
+        n, kind = math.prod(shape), "experts" if expert else "dense"
+        shards = batch // (cfg.ep if expert else cfg.hsdp) if cfg.fsdp else 1
+        dim = shard_dim(shape, shards)
+        shard = n // max(1, shape[dim]) * -(-shape[dim] // shards)
+        out.update({kind: n, f"{kind} shard": shard, f"{kind} gathered": shard * shards, "local": n, "shard": shard, "cast": n * held.cast,
+                    "experts cast": n * held.expert, "tp": shard * (cfg.tp > 1 and not cut and (cfg.sp or held.inside))})
+    return out
+
+
+def in_flight(cfg, rank, number):
+    """For each stage of a pipeline rank the micro-batches whose activations it holds when the rank holds most, in torch's orders."""
+    p, m = cfg.pp, number
+    warm, one_round = 2 * (p - rank) - 1, m // max(1, m // p)
+    late = min(one_round, warm)
+    held = {"gpipe": [m], "1f1b": [p - rank], "looped_bfs": [m, m], "interleaved": [one_round + warm - late, late],
+            "interleaved_zb": [one_round, p], "zbv": [2 * p - rank - 1, rank + 1], "dualpipev": [2 * p - rank, rank + 1]}[cfg.pp_schedule]
+    return [min(m, n) for n in held] if p > 1 else [1]
+
+
+BUBBLES = {                        # (w, where from): p ranks wait (p - 1) / (w m + p - 1) of a step of m micro-batches
+    "gpipe": (1, "[GPipe sec 2.3]"), "1f1b": (1, "as gpipe"), "looped_bfs": (2, "[BFS]"), "interleaved": (2, "[Megatron2 sec 2.2]"),
+    "interleaved_zb": (6, "[ZB sec 2.1], forward and both gradients as long"),
+    "zbv": (6, "[ZB sec 6] has 0, without the wait for the gradient's norm"),
+    "dualpipev": (6, "[DSV3 sec 3.2.1] has (p-1)(F&B+B-3W), here with F&B = B = 2W"),
+}
+
+
+def bubble(cfg, number):
+    return (cfg.pp - 1) / (BUBBLES[cfg.pp_schedule][0] * number + cfg.pp - 1)
+
+
+def stages_of(cfg, pieces, rank):
+    """([[Piece]] of the stages of a pipeline rank, [(first block, the one after the last)] of them, how many neighbours they have on other
+    ranks, are embeddings shared with another rank?). Embeddings that are tied or that MTP reads stand at both ends."""
+    count, depth = cfg.pp * PP_SCHEDULES[cfg.pp_schedule][1] if cfg.pp > 1 else 1, len(pieces["blocks"])
+    owner = [stage_owner(number, cfg.pp, cfg.pp_schedule) for number in range(count)]
+    cuts = [depth * number // count for number in range(count + 1)]
+    ends = {0: pieces["embed"]} | {count - 1: (pieces["twice"] if count > 1 else pieces["embed"]) + pieces["end"]}
+    own, borders = [i for i in range(count) if owner[i] == rank], sum(a != b and rank in (a, b) for a, b in zip(owner, owner[1:]))
+    stages = [pieces["blocks"][cuts[i]:cuts[i + 1]] + pieces["each"] + ends.get(i, []) for i in own]
+    return stages, [(cuts[i], cuts[i + 1]) for i in own], borders, rank in (owner[0], owner[-1]) and owner[0] != owner[-1]
+
+
+def spans(cfg, size):
+    """{axis: (its ranks, how many ranks lie from the first to the last)}"""
+    batch = size // (cfg.pp * cfg.tp)
+    apart = dict(tp=(cfg.tp, 1), cp=(cfg.cp, cfg.cp), ep=(cfg.ep, cfg.ep), batch=(batch, batch), shards=(batch // cfg.hsdp,) * 2,
+                 copies=(cfg.hsdp, batch), expert_copies=(batch // cfg.ep, batch), pp=(cfg.pp, batch * cfg.pp), ends=(2, batch * cfg.pp))
+    return {axis: (ranks, distance * cfg.tp) for axis, (ranks, distance) in apart.items()}
+
+
+def traffic(piece, count, cfg, size, width):
+    """Counter {(axis, collective): bytes} that a rank sends in a step for a piece."""
+    out, sizes, (rows, number) = Counter(), spans(cfg, size), micro_shape(cfg, size)
+    again = piece.block and cfg.ac in ("selective", "full")
+
+    def add(axis, collective, n):
+        out[axis, collective] += n * (sizes[axis][0] > 1)
+
+    for axis, there, n, more, back, m in piece.moves(cfg, rows, width):
+        add(axis, there, number * (n + again * more))
+        add(axis, back, number * m)
+    add("tp", "all-reduce", 4 * count["tp"])
+    add("pp", "all-reduce", 4 * count["shard"] * (piece.name == "each"))
+    # in a pipeline a stage stays gathered from each backward to the end of the forward after it, and what is outside of blocks all the step
+    times = 1 if cfg.fsdp < 3 or cfg.pp > 1 and not piece.block else number + 1 if cfg.pp > 1 else number * (1 + piece.block)
+    for kind, axis in (("dense", "shards"), ("experts", "expert_copies")):
+        if cfg.fsdp:
+            add(axis, "all-gather", 4 * times * count[f"{kind} gathered"])
+            add(axis, "reduce-scatter", 4 * count[f"{kind} gathered"])
+            add("copies", "all-reduce", 4 * count[f"{kind} shard"] * (kind == "dense"))
+        else:
+            add(axis.replace("shards", "batch"), "all-reduce", 4 * count[kind])
+    return out
+
+
+def planned(cfg, size, pieces, width, cuda):
+    """[{what: bytes}] of the ranks of a pipeline: what each holds and sends. `width`: bytes of a number in products. Weights, gradients and
+    the two moments are float32; the fullest rank of tp counts."""
+    if size == cfg.pp * cfg.tp:                                  # nobody to shard with
+        cfg = copy.copy(cfg)
+        cfg.fsdp = 0
+    rows, number = micro_shape(cfg, size)
+    T, of, out, kinds = cfg.seq_len // cfg.cp, {}, [], {id(piece): piece for part in pieces.values() for piece in part}.values()
+    stream = 4 * rows * -(-T // (cfg.tp if cfg.sp else 1)) * cfg.n_embd
+    ways = [[counted(piece, cfg, size, rank) for piece in kinds] for rank in {0, cfg.tp - 1}]
+    for piece, count in zip(kinds, max(ways, key=lambda way: sum(count["local"] for count in way))):
+        of[id(piece)] = piece, count, piece.keeps(cfg, rows * T, width, cuda), traffic(piece, count, cfg, size, width)
+    for rank in range(cfg.pp):
+        (stages, blocks_of, borders, at_end), own, sends = stages_of(cfg, pieces, rank), Counter(), Counter()
+        kept = narrow = macs = 0
+        for live, stage in zip(in_flight(cfg, rank, number), stages):
+            for piece, count, keeps, moved in (of[id(piece)] for piece in stage):
+                for total, part in ((own, count), (sends, moved)):
+                    for key, n in part.items():
+                        total[key] += n
+                own["in blocks"] += count["local"] * piece.block
+                kept, macs = kept + live * keeps[cfg.ac], macs + piece.macs
+                narrow += (count["cast"] - count["experts cast"] * cuda) * (live if cfg.ac in ("none", "norm") else 1)
+        sends["pp", "send"] += number * stream * borders         # the stream to the one, its gradient to the other
+        sends["ends", "all-reduce"] += 4 * at_end * sum(of[id(piece)][1]["shard"] for piece in pieces["twice"])
+        blocks = [of[id(piece)] for stage in stages for piece in stage if piece.block]
+        again = max(keeps["none"] - keeps[cfg.ac] for *_, keeps, _ in blocks)                  # of the block that is computed again
+        two = own["local"] - own["in blocks"] + 2 * max(count["local"] for _, count, *_ in blocks)
+        gathered = dict(weights=two if cfg.fsdp == 3 and cfg.pp == 1 else own["local"], gradients=two if number == 1 else own["local"])
+        row = {name: 4 * (own["shard"] + n if cfg.fsdp else own["local"]) for name, n in gathered.items()}
+        row |= dict(optimizer=8 * own["shard"], activations=kept + again + narrow * width * (width < 4))
+        flops = 6 * macs * rows * T * number / cfg.tp * (4 / 3 if cfg.ac == "full" else 1)
+        row["total"] = sum(row.values())
+        out.append(row | dict(params=own["local"], shard=own["shard"], rank=rank, blocks=blocks_of, ends=[
+            piece.name for stage in stages for piece in stage if piece.name in ("embed", "end", "mtp")], sends=+sends, flops=flops))
+    return out
+
+
+NODE, FAST, SLOW, REACHED = 8, 450e9, 50e9, 0.4        # ranks of a node; bytes a second in it and beyond; share of the peak that is reached
+
+
+def step_seconds(cfg, size, ranks, peak):
+    """(seconds of a step, of it computing, sending) of the slowest rank, to compare layouts: nothing is sent while it computes."""
+    number, sizes = micro_shape(cfg, size)[1], spans(cfg, size)
+
+    def sending(row):
+        share = lambda axis, what: 1 if what == "send" else (1 + (what == "all-reduce")) * (1 - 1 / sizes[axis][0])
+        return sum(n * share(axis, what) / (FAST if sizes[axis][1] <= NODE else SLOW) for (axis, what), n in row["sends"].items())
+
+    computing = [row["flops"] / (REACHED * peak) for row in ranks]
+    return max((work / (1 - bubble(cfg, number)) + sending(row), work, sending(row)) for work, row in zip(computing, ranks))
+
+
+def advise(cfg, size, pieces, width, cuda, memory, peak):
+    """The legal layouts of `size` ranks that fit nine tenths of `memory`, fastest first: [(step_seconds, config, planned)]. Each has the
+    least --ac that fits, and in a pipeline micro-batches of about 4,096 tokens, which keep a device busy."""
+    powers, found = lambda most: [2**i for i in range(max(1, most).bit_length())], []
+    axes = powers(min(NODE, size)), powers(len(pieces["blocks"])), powers(cfg.n_expert * cfg.moe), ("1f1b", "interleaved", "zbv"), (0, 2, 3)
+    for tp, pp, ep, schedule, fsdp in itertools.product(*axes):
+        other, rows = copy.copy(cfg), cfg.tokens_per_step // cfg.seq_len * tp * pp * cfg.cp // size
+        other.__dict__.update(tp=tp, pp=pp, ep=ep, pp_schedule=schedule, fsdp=fsdp, dp=0, hsdp=1, microbatches=0, ac="full",
+                              micro_batch=math.gcd(rows, max(1, 4096 // cfg.seq_len)) if pp > 1 else 0)
+        if pp == 1 and schedule != "1f1b":
+            continue
+        with contextlib.suppress(UsageError):
+            refuse_layout(other, size)
+            fits = lambda ranks: max(row["total"] for row in ranks) <= 0.9 * memory
+            for other.ac in ("none", "selective", "full") if fits(planned(other, size, pieces, width, cuda)) else ():
+                if fits(ranks := planned(other, size, pieces, width, cuda)):
+                    found.append((step_seconds(other, size, ranks, peak), other, ranks))
+                    break
+    return sorted(found, key=lambda item: item[0])
 
 
 # ---- Demo and bench ----
 
-def demo():
+def bench(megabytes=200, rounds=5):
+    """torch.save, a checkpoint and one in the background, in turn on the disk of this folder: medians, and their ratios."""
+    tensors = {f"layer{i}": torch.randn(megabytes * 25_000 // 20, 10) for i in range(20)}
+    seconds = {"torch.save + fsync": [], "save_checkpoint": [], "in the background: the stall": [], "in the background: all of it": []}
+    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as folder:
+        for turn in range(rounds + 1):                           # the first warms the caches and does not count
+            ticks = [time.perf_counter()]
+            with open(f"{folder}/torch.pt", "wb") as file:
+                torch.save(tensors, file)
+                file.flush()
+                os.fsync(file.fileno())
+            ticks.append(time.perf_counter())
+            save_checkpoint(f"{folder}/ckpt", 2 * turn, tensors, {})
+            ticks.append(time.perf_counter())
+            save_checkpoint(f"{folder}/ckpt", 2 * turn + 1, tensors, {}, background=True)
+            ticks.append(time.perf_counter())
+            saving()
+            ticks.append(time.perf_counter())
+            for row, begin, end in zip(seconds.values(), (0, 1, 2, 2), (1, 2, 3, 4)):
+                row += [ticks[end] - ticks[begin]] * (turn > 0)
+    middle = {name: statistics.median(row) for name, row in seconds.items()}
+    print(f"{megabytes} MB in {len(tensors)} tensors, median of {rounds} in turn, {cores()} cores")
+    for name, value in middle.items():
+        print(f"  {name:28s} {value * 1e3:7.0f} ms   {value / middle['torch.save + fsync']:.2f} of torch.save, "
+              f"{value / middle['save_checkpoint']:.2f} of save_checkpoint")
+
+
+def demo(argv):
+    if argv == ["--bench"]:
+        return bench()
+    if argv:
+        raise UsageError(f"dist.py takes no arguments but --bench, not {' '.join(argv)}")
     world = init(DistConfig())
     nll = torch.arange(1.0, 4.0, device=world.device) + 10 * world.rank          # ranks hold 3 tokens, then 3 and 1, ...
     weight = torch.ones(3, device=world.device)
@@ -1170,58 +1595,29 @@ def demo():
     world.print(f"{world.size} rank(s) on {world.device.type}: token-weighted mean {sums[0] / sums[1]:.4f}, mean of means {means:.4f}"
                 + (" (the same: start two ranks with torchrun to see them part)" if world.size == 1 else ""))
     folder = from_main(world, tempfile.mkdtemp() if world.main else "")
-    low, high = bounds(6, world)
-    for step in (10, 20):                                        # every rank writes its rows of w
-        w = Held(torch.full((high - low, 3), float(step)), (6, 3), [((low, 0), (0, 0), (high - low, 3))])
-        save_checkpoint(folder, step, {"w": w, "bias": torch.zeros(3).bfloat16()}, {"next_sample": step * 8}, world=world)
-    newest = checkpoints(folder)[-1]
-    world.print("saved:", *(p.name for p in checkpoints(folder)), "| latest holds:", *sorted(p.name for p in newest.iterdir()))
+    rows = 2 * world.size                                        # of a matrix of which every rank holds two
+    for step in (10, 20):
+        mine = torch.full((2, 3), float(step + world.rank), device=world.device)
+        held = {"w": Held(mine, (rows, 3), [((2 * world.rank, 0), (0, 0), (2, 3))]), "bias": torch.zeros(3).bfloat16()}
+        save_checkpoint(folder, step, held, {"next_sample": step * 8}, world=world, background=True)
+    saving()
     if world.main:
-        victim = newest / "shard_00000.safetensors"
+        print("saved:", *(p.name for p in checkpoints(folder)), "| latest:", Path(folder, "latest").read_text(), "| files:",
+              *sorted(p.name for p in Path(folder, "step_00000020").iterdir()))
+        victim = Path(folder, "step_00000020", f"shard_{world.size - 1:05d}.safetensors")
         raw = bytearray(victim.read_bytes())
         raw[-1] ^= 1
         victim.write_bytes(raw)
     barrier(world)
-    saved = newest_checkpoint(folder, lambda text: world.print("one bit flipped ->", text.replace(folder, "ckpt")), world)
-    world.print(f"resumed from step {saved.step}: w = {saved.whole('w')[0].tolist()} of {saved.whole('w').shape[0]} rows, state = {saved.state}")
+    saved = newest_checkpoint(folder, lambda text: print("one bit flipped ->", text.replace(folder, "ckpt")), world)
+    half = Held(torch.zeros(rows, 2), (rows, 3), [((0, 1), (0, 0), (rows, 2))])              # cut the other way now
+    saved.fill("w", half)
+    world.print(f"resumed from step {saved.step}: w[:, 1:] = {half.local.tolist()}, state = {saved.state}")
     barrier(world)
     if world.main:
         shutil.rmtree(folder)
     shutdown()
 
 
-def bench(megabytes=200, rounds=5):
-    """A checkpoint with its hashes beside torch.save, both synced to the disk, in turn."""
-    tensors = {f"w{i}": torch.randn(1 << 18) for i in range(megabytes)}
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        def plain():
-            with atomic_write(Path(folder, "plain.pt")) as file:
-                torch.save(tensors, file)
-
-        def timed(f):
-            start = time.perf_counter()
-            f()
-            return time.perf_counter() - start
-
-        ours = lambda background: lambda: save_checkpoint(Path(folder, "ours"), 1, tensors, {}, background=background)
-        times = {"torch.save": [], "checkpoint": [], "stall in the background": []}
-        for _ in range(rounds + 1):
-            times["torch.save"].append(timed(plain))
-            times["checkpoint"].append(timed(ours(False)))
-            times["stall in the background"].append(timed(ours(True)))
-            saving()
-        for name, taken in times.items():
-            middle = sorted(taken[1:])[rounds // 2]
-            times[name] = middle
-            print(f"{name:24s} {middle * 1e3:8.1f} ms   {middle / times['torch.save']:.2f}x torch.save   {megabytes / middle:6.0f} MB/s", flush=True)
-        print(f"stall: {times['stall in the background'] / times['checkpoint']:.0%} of a checkpoint in the foreground")
-
-
-def main(argv):
-    if argv not in ([], ["--bench"]):
-        raise UsageError(f"dist.py takes --bench or nothing, not {' '.join(argv)}")
-    bench() if argv else demo()
-
-
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(demo)

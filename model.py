@@ -12,7 +12,7 @@ computed from the token alone. Everything that differs between GPT-2, BERT, T5, 
     and in general, for each of the two:   x = after( alpha x + beta post( f( pre(x) ) ) )                   (--norm_at)
 
 Contents:    config and presets | norms | activation checkpointing | activations and MLP | block | multi-token prediction | initial weights |
-             generation | sharing | Model | sizes | drawing | Hugging Face folders | demo and command line
+             generation | sharing | Model | sizes | plan | drawing | Hugging Face folders | demo and command line
 Shapes:      B batch, T queries, S source tokens, D n_embd, F d_ff, V vocab, M rows (B T flattened)
 References:
     [GPT2]   Language Models are Unsupervised Multitask Learners, OpenAI 2019
@@ -1283,6 +1283,196 @@ def rope_lines(cfg, plan, T):
                        f"{wave_J.max():16,.0f}{int((wave_J > T).sum()):14d}")
     return ["", f"{'RoPE, tokens a turn':24s}{'pairs':>6s}{'base':>14s}{'shortest':>12s}{'median':>14s}{'longest':>16s}"
             f"{'never in T':>14s}", *out] if out else []
+
+
+# ---- Plan (what would a rank hold, keep and send?) ----
+
+# Of a product's weights a rank of tp holds the rows of some outputs or, of what follows, the columns of the same inputs, so that nothing
+# crosses the network between the two. What no pattern names is whole on every rank. A name matches the first.
+
+CUTS = (                           # (pattern of a parameter's name, the dimension that tp cuts, in how many parts that dimension comes)
+    (r"^(embed|head)\.weight|^head_bias", 0, 1),
+    (r"^(enc_)?rel_bias\.weight", 1, 1),
+    (r"\.(attn|cross)\.(w_q|w_k|w_v|w_ukv|w_beta|(w_gate|w_decay)(\.1)?)\.(weight|bias)$", 0, 1),
+    (r"\.(attn|cross)\.(sinks|dt_bias|a_log|lrpe|norm\.weight|[qk]_norm\.weight)$", 0, 1),
+    (r"\.attn\.conv$", 0, 3),      # channels of q, of k, of v
+    (r"\.(w_o|w_down)\.weight$", 1, 1),
+    (r"\.(w_o\.bias|w_down\.bias|b_down)$", None, 1),                      # added once: by the first rank
+    (r"\.mlp\.((w_gate|w_up)\.(weight|bias)|act\.\w+)$", 0, 1),
+    (r"\.(experts|shared)\.(w_gate|w_up|b_gate|b_up)$", 1, 1),
+    (r"\.(experts|shared)\.w_down$", 2, 1),
+)
+INSIDE = r"\.(attn|cross|mlp)\.|^mlm_"     # read by what tp shares: a rank's gradient is a part of it
+
+
+def held(name, p, model):
+    """How a layout cuts a parameter."""
+    dim, parts = next(((-1 if dim is None else dim, parts) for pattern, dim, parts in CUTS if re.search(pattern, name)), (None, 1))
+    home, _, leaf = name.rpartition(".")
+    mixer = model.get_submodule(re.match(r"(.*\.(attn|cross))\.|", name)[1] or "")
+    one = re.search(r"\.(q_|k_)?norm\.weight$", name) and p.numel() == getattr(mixer, "head_dim", 0)       # of single heads
+    key = re.search(r"\.(w_k|w_v|k_norm|lrpe)\b", name) and getattr(mixer, "n_kv_head", 0)
+    linear = isinstance(model.get_submodule(home), nn.Linear) and p.ndim == 2 and "router" not in name and not name.startswith("head")
+    return dist.Weight(tuple(p.shape), None if one else dim, parts, key or 0, expert=".mlp.experts." in name, cast=linear or p.ndim == 3,
+                     inside=bool(re.search(INSIDE, name)))
+
+
+def pieces(model):
+    """{where: [dist.Piece]} of which pipeline stages are made."""
+    cfg, groups = model.cfg, {}
+    for name, p in model.named_parameters():
+        unit = re.match(r"(blocks\.\d+|mtp\.\d+\.block|mtp|(pos_|type_)?embed(_norm)?|rel_bias)\.|", name)[1] or "end"
+        groups.setdefault("embed" if "embed" in unit else "each" if unit == "rel_bias" else unit, []).append((name, p))
+    made = lambda name, *more, **rest: dist.Piece(name, [held(*pair, model) for pair in groups.get(name, [])], *more, **rest)
+
+    def unit(root, block, layer):
+        return made(root, block_macs(block, cfg, cfg.seq_len), partial(block_keeps, block), partial(block_moves, block), block=True)
+
+    blocks = {}
+    for layer, block, at in kinds_of(model.blocks, model.plan):
+        blocks |= dict.fromkeys(at, unit(f"blocks.{at[0]}", block, layer))
+    head = sum(m.weight.numel() for m in (model.mlm_dense, model.head) if m is not None)
+    embed, end = made("embed", moves=embed_moves), made("end", head, head_keeps, head_moves)
+    twice = [dist.Piece("twice", embed.held)] if model.mtp else [dist.Piece("twice", embed.held[:1])] if cfg.tie_embeddings else []
+    ahead = [unit(f"mtp.{k}.block", m.block, layer) for k, (m, layer) in enumerate(zip(model.mtp, model.mtp_plan))]
+    own = made("mtp", cfg.mtp * (head + 2 * cfg.n_embd**2), partial(head_keeps, mtp=cfg.mtp), partial(head_moves, mtp=cfg.mtp))
+    masked = {layer.kind for layer in model.plan if not ATTENTION[layer.attn].recurrent}
+    return dict(blocks=[blocks[i] for i in range(cfg.n_layer)], embed=[embed], end=[end] + [own, *ahead] * bool(ahead), twice=twice,
+                each=[made("each", keeps=partial(mask_keeps, len(masked)))])
+
+
+RECURRENT_KEEPS = {                # float32 numbers a channel of its queries, fitted to what is kept; w: bytes of one / 4, C: tile, K: head
+    "Linear": lambda w, C, K: 2.8 + w * (9 + 2.5 * C / K),
+    "Lightning": lambda w, C, K: w * (12.5 + 1.5 * C / K),
+    "TransNormer": lambda w, C, K: 1 + w * (10.5 + 1.5 * C / K),
+    "GatedDeltaNet": lambda w, C, K: 19 + 7 * w + 5.7 * C / K,
+    "KDA": lambda w, C, K: 25 + 6.5 * w + 2.9 * C,
+}
+
+
+def mixer_keeps(mixer, cfg, n, cuda):
+    """[(bytes a token that backward needs, bytes that --ac=selective keeps)] of what a mixer makes. On a CPU the keys of a group are copied
+    for its queries, and scores are stored where SDPA is slower (attention.small_half) or has no kernel: keys wider than values."""
+    H, rows = mixer.n_head / cfg.tp, cfg.cp if cfg.cp_mode == "gather" else 1
+    wide = 4 if cfg.cp > 1 and cfg.cp_mode == "ring" else n
+    changed = cfg.attn_softcap or cfg.sinks or cfg.pos == "shaw"
+    if mixer.recurrent:
+        K = mixer.head_dim
+        kept = RECURRENT_KEEPS[type(mixer).__name__](n / 4, mixer.tile, K)
+        return [(4 * H * K * kept, n * H * K * (12 if hasattr(mixer, "conv") else 7))]
+    if hasattr(mixer, "kv_rank"):
+        N, P, R, K, U = mixer.nope, mixer.rope_dim, mixer.kv_rank, mixer.nope + mixer.rope_dim, mixer.v_dim
+        Q = cfg.q_lora_rank
+        kept = [(2 * n * Q, n * Q), (0, n * H * K), (n * R, n * (R + P)), (n * (R + P) * rows, 0), (0, n * H * (N + U) * rows),
+                (wide * H * K * (1 + rows), 0), (wide * H * (N + U if cuda else U) * rows, 0)]
+    else:
+        G, K = mixer.n_kv_head / cfg.tp if mixer.n_kv_head % cfg.tp == 0 else 1, mixer.head_dim
+        U, norms = K, 0 if mixer.q_norm is None else n * (H + G) * K
+        copies = H if not cuda or cfg.cp > 1 and cfg.cp_mode == "ulysses" and G % cfg.cp else G
+        clipped = n * (H + 2 * G) * K if mixer.clip else 0
+        kept = [(wide * H * K, n * H * K), (2 * wide * copies * K * rows, 2 * n * G * K), (norms, 0), (clipped, 0)]
+    plain = not changed and not (n < 4 and cfg.seq_len <= 896) and K == U
+    scores = 4 * H if cuda or plain or wide > n else (n if changed or cfg.seq_len <= 896 else 4) * H * cfg.seq_len
+    gate = 0 if mixer.w_gate is None else n * H * U
+    return kept + [(wide * H * U, n * H * U), (scores, 4 * H * cuda), (2 * gate, gate), (n * H * U * (wide > n), 0)]
+
+
+def block_keeps(block, cfg, tokens, n, cuda):
+    """{--ac: bytes that a block keeps for backward} of a micro-batch on a rank. The stream is float32."""
+    D, E, A, tp, has = cfg.n_embd, cfg.n_expert, cfg.n_active, cfg.tp, PLACEMENTS[cfg.norm_at]
+    part = 1 / tp if cfg.sp else 1
+    read = n * D if "pre" in has or n < 4 or tp > 1 else 0
+    rows = mixer_keeps(block.attn, cfg, n, cuda)
+    for _ in range(2):                                           # what norms keep, what a sublayer reads and gives
+        rows += [((4 * D + 4) * part * ("pre" in has), 0), ((4 * D + 4) * part * ("after" in has), 0), (n * D * part * ("post" in has), 0),
+                 (read, 0), (0, n * D), (n * D * bool(cfg.resid_dropout), 0)]
+    if isinstance(block.mlp, MoE):
+        width, own = block.mlp.experts.w_up.shape[1] / tp, n < 4 and cuda                      # own: kernels.moe_mlp
+        shared = cfg.n_shared_expert * width
+        copies = 4 if cfg.ep > 1 else 0 if own else 3            # of the row of a visit: sorted, what its expert gave, sent back, in order
+        rows += [(4 * D * (n < 4), 0), (4 * E * (1 + (cfg.aux_loss != "none")) + 48 * A, 4 * E),              # the router reads float32
+                 (copies * n * A * D, 0 if own else n * A * D), (4 * n * shared, 2 * n * shared),
+                 ((2 if own else 4) * n * A * width, 0 if own else 2 * n * A * width)]
+    else:
+        width = block.mlp.w_up.weight.shape[0] / tp
+        inner = 2 if block.mlp.gated else 1
+        rows += [(n * width * (inner + 1 + (inner == 2 and n < 4 and not cuda)), n * width * inner)]
+    forgotten = 2 * read * ("pre" in has and part == 1) + (0 if isinstance(block.mlp, MoE) else n * width)
+    none, selective, full = (tokens * sum(column) for column in (*zip(*rows), [4 * D * part]))
+    return dict(none=none, norm=none - tokens * forgotten, selective=selective + full, full=full)
+
+
+def head_keeps(cfg, tokens, n, cuda, mtp=0):
+    """The same of the end of the model: its norm, what the head reads, and logits where one chunk holds them, else their gradients by the
+    head's weights. mtp: of so many modules, beside their blocks."""
+    D, V, tp, part = cfg.n_embd, cfg.vocab_size, cfg.tp, 1 / cfg.tp if cfg.sp else 1
+    least, size = (4096, 256 << 20) if cuda else (256, 28 << 20)                         # kernels.chunk_rows
+    if tp > 1:
+        logits = 3 * 4 * V / tp * tokens if tokens * 4 * V / tp <= 32 << 20 else 0
+    elif not cuda and tokens * V <= 2 << 20:                                             # kernels.few_logits
+        logits = 4 * V * tokens
+    else:
+        logits = n * V * tokens if tokens <= max(least, size // (V * n)) else 4 * V * D
+    joined = (2 * (4 * D + 4) * part + 2 * n * D) * tokens * bool(mtp)
+    kept = (mtp or 1) * (((4 * D + 4) * part + n * D + 8) * tokens + logits + joined)
+    return dict.fromkeys(AC, kept)
+
+
+def mask_keeps(kinds, cfg, tokens, n, cuda):
+    """Masks of documents, one for each kind of softmax attention, where no kernel of ours reads the documents themselves."""
+    return dict.fromkeys(AC, 0 if cuda else kinds * n * tokens * cfg.seq_len)
+
+
+def embed_moves(cfg, rows, n):
+    """[(axis, collective there, bytes of it, bytes once more where a block runs again, collective back, bytes)] of a micro-batch: of what
+    looks ids up."""
+    stream = rows * -(-cfg.seq_len // cfg.cp // cfg.tp) * cfg.tp * cfg.n_embd
+    return [("tp", "reduce-scatter" if cfg.sp else "all-reduce", 4 * stream, 0, "all-gather", 4 * stream * cfg.sp)]
+
+
+def head_moves(cfg, rows, n, mtp=0):
+    """Of the end of the model: what the head reads, and three numbers a token of the loss. mtp: of so many modules; they look up ids."""
+    stream, tokens = rows * -(-cfg.seq_len // cfg.cp // cfg.tp) * cfg.tp * cfg.n_embd, rows * cfg.seq_len // cfg.cp
+    again = 1 + (tokens * 4 * cfg.vocab_size / cfg.tp > 32 << 20)                        # logits in lots are made twice
+    one = [("tp", "all-gather", n * stream * cfg.sp, 0, "reduce-scatter" if cfg.sp else "all-reduce", n * stream),
+           ("tp", "all-reduce", 3 * 4 * tokens * again, 0, "all-reduce", 0)]
+    return one if not mtp else mtp * (one + embed_moves(cfg, rows, n))
+
+
+def block_moves(block, cfg, rows, n):
+    """Of a block: two sublayers around which tp meets, the row that cp shares, visits to experts."""
+    T, D, tp, cp, mixer = cfg.seq_len // cfg.cp, cfg.n_embd, cfg.tp, cfg.cp, block.attn
+    H, stream = mixer.n_head // tp, n * rows * -(-T // tp) * tp * D
+    if cfg.sp:                                                   # the last scatter need not be made again
+        moves = [("tp", "all-gather", 2 * stream, 2 * stream, "reduce-scatter", 2 * stream),
+                 ("tp", "reduce-scatter", 2 * stream, stream, "all-gather", 2 * stream)]
+    else:
+        moves = [("tp", "all-reduce", 2 * stream, stream, "all-reduce", 2 * stream)]
+    here = rows * T
+    over_heads = 4 * here * (2 if cfg.qk_norm == "width" else type(mixer).__name__ in ("Lightning", "TransNormer"))      # sums of norms
+    moves += [("tp", "all-reduce", over_heads, over_heads, "all-reduce", over_heads)]
+    if mixer.recurrent:
+        K = mixer.head_dim
+        state = 4 * rows * cp * H * (mixer.key_dim * mixer.value_dim + (K * K + 9 * K) * hasattr(mixer, "conv"))
+        there = state + 4 * rows * cp * H * (1 + getattr(mixer, "turns", False)) * (not hasattr(mixer, "conv"))        # and decays
+        moves += [("cp", "all-gather", there, there, "reduce-scatter", state)]
+    else:
+        mla = hasattr(mixer, "kv_rank")
+        K, U = (mixer.nope + mixer.rope_dim, mixer.v_dim) if mla else (mixer.head_dim, mixer.head_dim)
+        G = H if mla else mixer.n_kv_head // tp or 1
+        if cfg.cp_mode == "gather":
+            keys = n * here * cp * (mixer.kv_rank + mixer.rope_dim if mla else 2 * G * K)
+            moves += [("cp", "all-gather", keys, keys, "reduce-scatter", keys)]
+        elif cfg.cp_mode == "ulysses":
+            swapped = n * here * (H * (K + U) + (H if G % cp else G) * (K + U))
+            moves += [("cp", "all-to-all", swapped, swapped, "all-to-all", swapped)]
+        else:                                                    # backward takes the gradients of keys and values along, and home
+            keys = 4 * here * G * (K + U)
+            moves += [("cp", "send", (cp - 1) * keys, (cp - 1) * keys, "send", 2 * cp * keys)]
+    if isinstance(block.mlp, MoE):
+        visits = n * here * cfg.n_active * D
+        moves += [("ep", "all-to-all", 2 * visits, 2 * visits, "all-to-all", 2 * visits)]
+    return moves
 
 
 # ---- Drawing (what does it look like?) ----

@@ -21,6 +21,7 @@ Run me:      python train.py                                   (trains on this P
              python train.py --input=book.txt --out_dir=out/book --attn=mla --moe
              torchrun --nproc_per_node=2 train.py              (the same on two processes)
              python train.py --resume | --sample --prompt="def " | --plan | --help
+             python train.py --plan --world_size=2048 --pp=16 --ep=64 --preset=deepseek-v3
 """
 import contextlib
 import dataclasses
@@ -101,7 +102,8 @@ class TrainConfig(ModelConfig, DistConfig, KernelConfig, DataConfig, TokenizerCo
     init_from: str = ""            # begin a new run from the weights in this folder (Hugging Face or a run of ours)
     grow_from: str = ""            # the same, in a larger model that begins as those weights do: with --moe, MLPs become experts
     overwrite: bool = False        # replace the run in out_dir
-    plan: bool = False             # print what would run, and stop
+    plan: bool = False             # print what would run, and stop; with --world_size on a cluster that is not there
+    device_gb: float = 80.0        # plan of a cluster: memory of a device, in 10^9 bytes
     sample: bool = False           # print samples from the run in out_dir, and stop
     prompt: str = ""               # sample: text to continue
     n_samples: int = 3             # sample: how many
@@ -184,33 +186,8 @@ def autocast(device, dtype):
 
 def batch_shape(cfg, ranks):
     """(rows of a step, rows of a micro-batch, micro-batches each copy of the model accumulates), for so many ranks in all."""
-    rows, rest = divmod(cfg.tokens_per_step, cfg.seq_len)
-    copies = dist.copies_of_model(cfg, ranks)
-    micro = cfg.micro_batch
-    if cfg.microbatches and not rest and rows % (copies * cfg.microbatches) == 0:
-        micro = micro or rows // copies // cfg.microbatches
-    unit = cfg.seq_len * copies * max(1, micro) * max(1, cfg.microbatches if not cfg.micro_batch else 1)
-    if rest or rows % copies or micro and rows % (copies * micro) or cfg.microbatches and rows != copies * micro * cfg.microbatches:
-        low = cfg.tokens_per_step // unit * unit
-        fits = " or ".join(f"--tokens_per_step={n}" for n in (low, low + unit) if n)
-        if cfg.micro_batch and cfg.microbatches:
-            fits = f"--tokens_per_step={cfg.seq_len * copies * micro * cfg.microbatches}"
-        more = "".join(f" x --{name}={value}" for name, value in (("micro_batch", cfg.micro_batch), ("microbatches", cfg.microbatches)) if value)
-        raise UsageError(f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len}{more} "
-                         f"x {copies} rank{'s' * (copies > 1)}); use {fits}")
-    mine = rows // copies
-    if micro:
-        return rows, micro, mine // micro
-    most = max(1, 16384 // cfg.seq_len)                          # what a small device holds of a small model
-    fits = [m for m in range(1, min(mine, most) + 1) if mine % m == 0]
-    if cfg.pp > 1:                                               # two micro-batches a stage keep it busy, the fewer the better then
-        busy = [m for m in fits if mine // m % cfg.pp == 0 and mine // m >= 2 * cfg.pp] or [m for m in fits if mine // m % cfg.pp == 0]
-        if not busy:
-            unit = cfg.seq_len * copies * cfg.pp
-            raise UsageError(f"--tokens_per_step={cfg.tokens_per_step} leaves {mine} rows for --pp={cfg.pp} stages, which want a multiple of "
-                             f"{cfg.pp} micro-batches; use --tokens_per_step={-(-cfg.tokens_per_step // unit) * unit}")
-        fits = busy
-    return rows, max(fits), mine // max(fits)
+    dist.refuse_layout(cfg, ranks)
+    return cfg.tokens_per_step // cfg.seq_len, *dist.micro_shape(cfg, ranks)
 
 
 def micro_batches(loader, step, shape, world):
@@ -263,7 +240,7 @@ def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_to
 
 # ---- Run folder (config, log, checkpoints) ----
 
-FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
+FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "world_size", "device_gb", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
                   "top_k", "top_p", "repetition_penalty", "bench", "bench_peer", "size",
                   "log_every", "eval_every", "eval_tokens", "save_every", "keep",
                   "micro_batch", "ac", "timeout", "kernels", "compile", "steps", "cache_dir", "preset", "max_bad_steps", "async_save",
@@ -329,7 +306,7 @@ def settle_config(typed):
 
 
 AT_LEAST = dict(steps=1, tokens_per_step=1, micro_batch=0, warmup=0, log_every=1, eval_every=0, save_every=0, keep=1, eval_tokens=1,
-                n_samples=1, max_new_tokens=1, lr=0, weight_decay=0, grad_clip=0, temperature=0, top_k=0, seed=0, tokenizer_mb=0, subword_alpha=0)
+                n_samples=1, max_new_tokens=1, device_gb=1, lr=0, weight_decay=0, grad_clip=0, temperature=0, top_k=0, seed=0, tokenizer_mb=0, subword_alpha=0)
 SHARES = ("val_fraction", "beta1", "beta2", "min_lr", "top_p", "bpe_dropout")
 
 
@@ -571,6 +548,69 @@ def plan(cfg, typed):
     cfg = model_flags_of(cfg, typed)[0] if cfg.weights_from else cfg
     if os.environ.get("RANK", "0") == "0":
         print(describe(cfg, model_lib.meta_model(cfg), world.device, dtype, reason, ranks), flush=True)
+
+
+def flags_of_layout(cfg):
+    names = ("pp", "pp_schedule", "microbatches", "cp", "cp_mode", "tp", "sp", "ep", "fsdp", "hsdp", "ac", "micro_batch")
+    return " ".join(f"--{name}={getattr(cfg, name)}" for name in names if getattr(cfg, name) != getattr(TrainConfig, name))
+
+
+MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
+
+
+def plan_cluster(cfg, typed):
+    """Print what a layout of --world_size ranks would hold, send and wait for, and which layouts would be faster. Formulas alone: no
+    process group, no data, no weights."""
+    cfg = model_flags_of(cfg, typed)[0] if cfg.weights_from else cfg
+    size, cuda, human = cfg.world_size, cfg.device != "cpu", lambda n: model_lib.human(n, "B")
+    dtype = torch.bfloat16 if cuda and cfg.dtype == "auto" else compute_dtype(cfg, torch.device("cpu"))[0]
+    dp, assumed = max(1, size // max(1, cfg.pp * cfg.cp * cfg.tp)), "tokens_per_step" not in typed and not cfg.resume
+    if assumed:                                                  # four micro-batches a stage, each of about 4,096 tokens
+        cfg.micro_batch = cfg.micro_batch or max(1, 4096 // cfg.seq_len)
+        cfg.tokens_per_step = cfg.seq_len * cfg.micro_batch * dp * (4 * cfg.pp if cfg.pp > 1 else 1)
+    dist.refuse_layout(cfg, size)
+    model, peak, (rows, number) = model_lib.meta_model(cfg), PEAK_FLOPS["H100"] * 2 / dtype.itemsize, dist.micro_shape(cfg, size)
+    of_model = model_lib.pieces(model), dtype.itemsize, cuda
+    ranks, best = dist.planned(cfg, size, *of_model), dist.advise(cfg, size, *of_model, cfg.device_gb * 1e9, peak)
+
+    def parameters(active):
+        table = model_lib.parameter_table(model, active)
+        ahead, total = table.get("mtp", 0), sum(table.values())
+        billions = lambda n: f"{n / 1e9:,.2f} B" if n >= 1e9 else model_lib.human(n)
+        return billions(total - ahead) + f" without MTP, {billions(total)} with it" * bool(ahead)
+
+    groups, sent = {}, {}
+    for row in ranks:
+        shape = tuple(high - low for low, high in row["blocks"]), tuple(row["ends"]), row["params"], *(row[name] for name in MEMORY)
+        groups.setdefault(shape, []).append(row)
+        sent.setdefault(tuple(sorted((-n, axis, what) for (axis, what), n in row["sends"].items())), []).append(row["rank"])
+    out = [f"cluster  {size:,} ranks = pp {cfg.pp}{f' ({cfg.pp_schedule})' * (cfg.pp > 1)} x dp {dp} x cp {cfg.cp} x tp {cfg.tp}"
+           + f" | experts: ep {cfg.ep} x {dp * cfg.cp // cfg.ep} copies" * cfg.moe + f" | fsdp {cfg.fsdp} | ac {cfg.ac} | {str(dtype)[6:]}",
+           f"model    parameters: {parameters(False)}", f"active   of a token: {parameters(True)}",
+           f"batch    {cfg.tokens_per_step:,} tokens a step{' (assumed)' * assumed} = {dp} copies x {number} micro-batch{'es' * (number > 1)} x {rows} "
+           f"row{'s' * (rows > 1)} of {cfg.seq_len:,}", "",
+           f"{'memory of a rank of each stage':36s}{'parameters':>12s}" + "".join(f"{name:>13s}" for name in MEMORY)]
+    for (counts, ends, params, *memory), at in groups.items():
+        blocks = [model_lib.ranges(range(*ends_of)) for ends_of in at[0]["blocks"]] if len(at) == 1 else map(str, counts)
+        what = ", ".join([f"blocks {' and '.join(blocks)}" if len(at) == 1 else f"{' and '.join(blocks)} blocks", *ends])
+        out.append(f"  {model_lib.ranges([row['rank'] for row in at]) + ': ' + what:34s}{model_lib.human(params):>12s}"
+                   + "".join(f"{human(n):>13s}" for n in memory))
+    out += ["", "sent in a step by a rank of each stage: axis, collective, bytes"]
+    for moves, at in sent.items():
+        out.append(f"  {model_lib.ranges(at)}: " + (", ".join(f"{axis} {what} {human(-n)}" for n, axis, what in moves) or "nothing"))
+    if cfg.pp > 1:
+        w, source = dist.BUBBLES[cfg.pp_schedule]
+        waits = f"{dist.bubble(cfg, number):.1%} of a step = (p-1) / ({f'{w} ' * (w > 1)}m + p-1)"
+        out += ["", f"bubble   {waits} of p = {cfg.pp} ranks and m = {number} micro-batches  {source}"]
+    out += ["", f"layouts that fit {0.9 * cfg.device_gb:.0f} of {cfg.device_gb:.0f} GB, fastest first; by estimate, where products reach "
+            f"{dist.REACHED:.0%} of {peak / 1e12:.0f} TFLOP/s,", f"links {dist.FAST / 1e9:.0f} GB/s among {dist.NODE} neighbours and "
+            f"{dist.SLOW / 1e9:.0f} beyond, nothing is sent while a rank computes, and experts are visited alike"]
+    for name, (seconds, other, held) in [("this", (dist.step_seconds(cfg, size, ranks, peak), cfg, ranks)), *zip("123", best)]:
+        most, waits = max(row["total"] for row in held), dist.bubble(other, dist.micro_shape(other, size)[1])
+        out.append(f"  {name:5s}{seconds[0]:8.3g} s a step: computing {seconds[1]:.3g} and {waits:.1%} bubble, sending {seconds[2]:.3g} | "
+                   f"{human(most)}{', which does not fit' * (most > 0.9e9 * cfg.device_gb)} | {flags_of_layout(other)}")
+    out += [] if best else ["  none; more ranks, a smaller --tokens_per_step or a larger --device_gb would have some"]
+    print("\n".join(out), flush=True)
 
 
 # ---- Sample ----
@@ -822,12 +862,11 @@ def width_of(cfg, typed, state, source, tok):
 def main(argv):
     typed = parse(argv)
     cfg = settle_config(typed)
+    if cfg.plan and cfg.world_size:
+        return plan_cluster(cfg, typed)
     ranks = dist.validate(cfg)
     if not cfg.weights_from:                                     # which weights may say how long rows are
         batch_shape(cfg, ranks)
-    if cfg.norm == "batch" and ranks > 1:
-        raise UsageError("--norm=batch takes its statistics over the rows of one rank, so ranks would train different models; use one, "
-                         "or another --norm")
     if not cfg.compile:
         kernels.skip_dynamo()
     kernels.use(cfg.kernels)
