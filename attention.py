@@ -810,7 +810,7 @@ def ulysses(q_BTHK, k_BTGK, v_BTGU, at, scale, dropout, softcap, sinks, shaw):
 
 class Ring(torch.autograd.Function):
     """Keys and values travel from rank to rank while each computes with what it has; a running log-sum-exp joins the parts, and
-    backward makes the probabilities again from it, while gradients of keys and values travel along.     [Ring sec 3, Flash2 alg 1]
+    backward makes the probabilities again from it, while gradients of keys and values travel along.     [Ring sec 3] [Flash2 alg 1]
     Scores exist a quarter of a block at a time: half of the queries by half of the keys, where any of them is seen."""
 
     @staticmethod

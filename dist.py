@@ -431,7 +431,7 @@ def barrier(world):
 
 # Each is a move of a tensor and the move that its gradient makes on the way back. A sum that every rank goes on with the same way has
 # the whole gradient on every rank already, so "sum" goes back as "keep"; a copy that every rank uses for a part of the work has partial
-# gradients, so "keep" goes back as "sum".                                                     [Megatron sec 3, SP sec 4.2.2]
+# gradients, so "keep" goes back as "sum".                                                     [Megatron sec 3] [SP sec 4.2.2]
 
 all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor            # as they are called before torch 2.13
 reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor

@@ -4,7 +4,6 @@ import re
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -25,7 +24,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; runs when asked for by -m")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
