@@ -204,6 +204,18 @@ def test_a_folder_that_cannot_be_made(tmp_path):
             dist.saving()
 
 
+def test_rank_0_does_not_wait_for_a_note_that_it_could_not_write(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dist, "write_safetensors", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    tick = time.monotonic()
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 1, timeout=20)
+    assert time.monotonic() - tick < 10 and not list(tmp_path.iterdir())
+
+
 # ---- Damage ----
 
 def test_every_flipped_bit_is_seen_and_the_older_one_used(saved):
