@@ -655,6 +655,11 @@ def rows_of(boxes, low, high):
     return kept
 
 
+def shard_dim(shape, n):
+    """The dimension of which n ranks of FSDP hold a part each: the first, unless it is too short and another divides."""
+    return 0 if shape[0] >= n else next((dim for dim, k in enumerate(shape) if k and k % n == 0), 0)
+
+
 class Engine:
     """A model spread over the ranks. step() leaves the gradients of one optimizer step in shares[i].local.grad; loss() evaluates.
 
@@ -698,19 +703,24 @@ class Engine:
 
     def fully_sharded(self, part):
         """A unit for every block, in it one for experts that ep deals out, and one for the rest.                   [FSDP sec 3]"""
-        from torch.distributed.fsdp import FSDPModule, fully_shard
-        world, options = self.world, dict(reshard_after_forward=self.fsdp == 3)
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Shard
+
+        world, units = self.world, []
         mesh = mesh_of(world.shards, world.copies, world.device.type)
+
+        def unit(module, mesh, shards, whole=self.fsdp == 3):
+            units.append(fully_shard(module, mesh=mesh, reshard_after_forward=whole,
+                                     shard_placement_fn=lambda p: Shard(shard_dim(p.shape, shards.size))))
         blocks = [*part.model.enc_blocks.children(), *part.model.blocks.children(), *(module.block for module in part.model.mtp)]
         for block in blocks:
             if world.ep.size > 1 and hasattr(block.mlp, "experts"):
-                fully_shard(block.mlp.experts, mesh=mesh_of(world.expert_copies, ALONE, world.device.type), **options)
-            fully_shard(block, mesh=mesh, **options)
-        fully_shard(part, mesh=mesh, reshard_after_forward=False)
-        for module in part.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+                unit(block.mlp.experts, mesh_of(world.expert_copies, ALONE, world.device.type), world.expert_copies)
+            unit(block, mesh, world.shards)
+        unit(part, mesh, world.shards, False)
+        for module in units:
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
         return part
 
     def share(self, number, name, p, shape, cuts, partial):
@@ -720,8 +730,11 @@ class Engine:
         same = world.expert_copies if expert else world.batch
         if self.fsdp:
             shards, same = (world.expert_copies, ALONE) if expert else (world.shards, world.copies)
-            each = -(-p.shape[0] // shards.size)
-            held, local = rows_of(held, each * shards.rank, each * (shards.rank + 1)), nn.Parameter(p._local_tensor)
+            dim, local = p.placements[-1].dim, nn.Parameter(p._local_tensor)
+            each = -(-p.shape[dim] // shards.size)
+            low, high = each * shards.rank, each * (shards.rank + 1)
+            held = rows_of(held, low, high) if dim == 0 else [
+                box[:dim] + [(box[dim][0] + low, box[dim][0] + high)] + box[dim + 1:] for box in held]
         elif expert:
             sums.append(world.expert_copies)
         writes, copies = same.rank == 0 and number == owners[0], same.size * len(owners)
@@ -1382,11 +1395,6 @@ class Piece:
     keeps: object = lambda cfg, tokens, width, cuda: dict(none=0, norm=0, selective=0, full=0)         # bytes for backward, by --ac
     moves: object = lambda cfg, rows, width: []        # [(axis, collective, bytes, bytes when a block runs again, collective back, bytes)]
     block: bool = False            # a unit of FSDP, and of --ac
-
-
-def shard_dim(shape, n):
-    """The dimension of which n ranks of FSDP hold a part each: the first, unless it is too short and another divides."""
-    return 0 if shape[0] >= n else next((dim for dim, k in enumerate(shape) if k and k % n == 0), 0)
 
 
 def counted(piece, cfg, size, rank=0):

@@ -1287,24 +1287,6 @@ def rope_lines(cfg, plan, T):
 
 # ---- Plan (what would a rank hold, keep and send?) ----
 
-# Of a product's weights a rank of tp holds the rows of some outputs or, of what follows, the columns of the same inputs, so that nothing
-# crosses the network between the two. What no pattern names is whole on every rank. A name matches the first.
-
-CUTS = (                           # (pattern of a parameter's name, the dimension that tp cuts, in how many parts that dimension comes)
-    (r"^(embed|head)\.weight|^head_bias", 0, 1),
-    (r"^(enc_)?rel_bias\.weight", 1, 1),
-    (r"\.(attn|cross)\.(w_q|w_k|w_v|w_ukv|w_beta|(w_gate|w_decay)(\.1)?)\.(weight|bias)$", 0, 1),
-    (r"\.(attn|cross)\.(sinks|dt_bias|a_log|lrpe|norm\.weight|[qk]_norm\.weight)$", 0, 1),
-    (r"\.attn\.conv$", 0, 3),      # channels of q, of k, of v
-    (r"\.(w_o|w_down)\.weight$", 1, 1),
-    (r"\.(w_o\.bias|w_down\.bias|b_down)$", None, 1),                      # added once: by the first rank
-    (r"\.mlp\.((w_gate|w_up)\.(weight|bias)|act\.\w+)$", 0, 1),
-    (r"\.(experts|shared)\.(w_gate|w_up|b_gate|b_up)$", 1, 1),
-    (r"\.(experts|shared)\.w_down$", 2, 1),
-)
-INSIDE = r"\.(attn|cross|mlp)\.|^mlm_"     # read by what tp shares: a rank's gradient is a part of it
-
-
 def held(name, p, model):
     """How a layout cuts a parameter."""
     dim, parts = next(((-1 if dim is None else dim, parts) for pattern, dim, parts in CUTS if re.search(pattern, name)), (None, 1))
@@ -1472,6 +1454,10 @@ def block_moves(block, cfg, rows, n):
     if isinstance(block.mlp, MoE):
         visits = n * here * cfg.n_active * D
         moves += [("ep", "all-to-all", 2 * visits, 2 * visits, "all-to-all", 2 * visits)]
+        if cfg.aux_loss != "none":                               # of whole rows: shares of visits, as chosen and by score, and probabilities
+            shares = 4 * rows * cfg.n_expert
+            there = shares * (2 + (cfg.aux_loss == "sequence"))
+            moves += [("cp", "all-reduce", there, there, "all-reduce", shares)]
     return moves
 
 

@@ -303,7 +303,7 @@ def balance_losses(logits_BTE, expert_BTA, cfg, cp=ALONE):
     shares_of = lambda chosen_BTA: torch.zeros_like(score_BTE[:, 0]).scatter_add_(
         1, chosen_BTA.flatten(1), score_BTE.new_full((B, T * A), E / (A * T)))
     share_of = lambda chosen_BTA: all_sum(cp, shares_of(chosen_BTA)) / cp.size
-    f_BE, losses = share_of(expert_BTA), {}                                              # [DSMoE eq 13, DSV2 eq 24]
+    f_BE, losses = share_of(expert_BTA) if AUX_LOSSES[cfg.aux_loss] or cfg.device_alpha else None, {}                                              # [DSMoE eq 13, DSV2 eq 24]
     if AUX_LOSSES[cfg.aux_loss]:
         P_BE = mean(AUX_LOSSES[cfg.aux_loss](logits_BTE, score_BTE))
         own_BE = share_of(score_BTE.topk(A, dim=-1).indices) if cfg.aux_loss == "sequence" else f_BE         # [DSV3 eq 18]

@@ -8,9 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist
+import model as model_lib
 from conftest import launch
 from model import Model
-from test_layouts import MODELS, ROWS, TINY, batches_of
+from test_layouts import MODELS, ROWS, TINY, batches_of, ranks_of
 from train import TrainConfig
 
 COUNTED = {                        # op: (kind, which argument is counted: the whole sum, what is gathered, what is scattered, what leaves)
@@ -138,3 +139,29 @@ def test_expert_parallel(fsdp):
     experts = 4 * sum(p.numel() for block in blocks for p in block.mlp.experts.parameters())
     if not fsdp:
         assert abs(ranks[0][0]["reduce"] / (size("moe") - experts) - 1) < 0.01
+
+
+KINDS = {"reduce": "all-reduce", "gather": "all-gather", "scatter": "reduce-scatter", "all_to_all": "all-to-all", "send": "send"}
+
+
+@pytest.mark.parametrize("name, layout", [
+    ("dense", dict(dp=2)), ("dense", dict(dp=2, fsdp=3)), ("dense", dict(dp=4, fsdp=3, hsdp=2)), ("dense", dict(tp=2)), ("dense", dict(tp=2, sp=False)),
+    ("dense", dict(cp=2)), ("dense", dict(cp=2, cp_mode="ulysses")), ("dense", dict(cp=2, cp_mode="ring")), ("dense", dict(pp=2)),
+    ("dense", dict(dp=2, fsdp=3, tp=2, ac="full")), ("dense", dict(pp=2, dp=2, fsdp=2)), ("mla_moe", dict(dp=2, ep=2)), ("mla_moe", dict(tp=2)), ("mla_moe", dict(cp=2)),
+    ("mla_moe", dict(dp=2, fsdp=3, tp=2)), ("lightning", dict(cp=2)), ("gdn", dict(tp=2, cp=2))],
+    ids=lambda x: "-".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else x)
+def test_the_plan_says_what_is_sent(name, layout):
+    """Within 1 % of what a step sends, all ranks of a pipeline and all kinds of collectives."""
+    ranks, cfg = ranks_of(layout), TrainConfig(**TINY | MODELS[name] | layout | dict(tokens_per_step=ROWS * TINY["seq_len"]))
+    traced = traffic_of(name, layout, ranks)
+    planned = dist.planned(cfg, ranks, model_lib.pieces(model_lib.meta_model(cfg)), 4, False)
+    per_stage = ranks // cfg.pp
+    for stage, row in enumerate(planned):
+        want = {}
+        for (axis, what), n in row["sends"].items():
+            want[what] = want.get(what, 0) + n
+        own = [{KINDS[kind]: n for kind, n in got.items()} for got, *_ in traced[stage * per_stage:][:per_stage]]
+        mean = {what: sum(got.get(what, 0) for got in own) / per_stage for what in {what for got in own for what in got}}
+        most = {what: max(got.get(what, 0) for got in own) for what in mean}          # where ranks hold a different number of rows
+        assert {what for what, n in mean.items() if n} == {what for what, n in want.items() if n}, (mean, want)
+        assert all(min(abs(got[what] / want[what] - 1) for got in (mean, most)) < 0.01 for what in want if want[what]), (stage, mean, want)
