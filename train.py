@@ -933,46 +933,38 @@ def train(cfg, typed):
     stop, seconds, recent, paused, begun = listen_for_stop(), state["seconds"] if state else 0.0, [], 0.0, time.perf_counter()
     updates, bad = state["updates"] if state else 0, 0
 
-    def save(step):
-        try:
-            dist.save_checkpoint(out / "ckpt", step, state_of(engine, optimizer),
-                                 dict(step=step, updates=updates, next_sample=step * shape[0], tokens=step * cfg.tokens_per_step,
-                                      seconds=seconds, data=folder.name, config=dataclasses.asdict(model_cfg)),
-                                 cfg.keep, world, background=cfg.async_save)
-        except OSError as error:
-            say(f"checkpoint at step {step} NOT saved ({error.strerror}); training goes on, next try at the next interval")
+    def save(step, background):
+        facts = dict(step=step, updates=updates, next_sample=step * shape[0], tokens=step * cfg.tokens_per_step, seconds=seconds,
+                     data=folder.name, config=dataclasses.asdict(model_cfg))
+        act = functools.partial(dist.save_checkpoint, out / "ckpt", step, state_of(engine, optimizer), facts, cfg.keep, world, background)
+        for which, act in (("before this one", dist.saving), (f"at step {step}", act)):
+            try:
+                act()
+            except OSError as error:
+                say(f"checkpoint {which} NOT saved ({error.strerror}); training goes on, next try at the next interval")
 
     engine.train()
     ahead = data.prefetch((micro_batches(loaders["train"], step, shape, world) for step in range(start, cfg.steps)), cfg.prefetch)
     for step, batches in zip(range(start, cfg.steps), ahead):
         dist.watch(world, cfg.timeout)                           # a rank that hangs is not waited for
         tick = time.perf_counter()
-        weight, lr = weight_of_step(batches, world), learning_rate(cfg, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for part in engine.models:
-            part.mtp_weight = mtp_weight(cfg, step)
-        torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + world.batch.rank) % 2**63)   # dropout: a function of the step
-        loss_sum, said = engine.step(batches, weight)
+        weight, lr = weight_of_step(batches, world), set_pace(cfg, step, engine, optimizer)
+        loss, metrics, stopping = of_all_ranks(world, *engine.step(batches, weight), weight, len(stop))
         gnorm = engine.clip_grad(cfg.grad_clip).item()
-        loss, stopping, *said_sums = dist.all_sum(world, torch.stack(
-            [loss_sum / weight, torch.tensor(float(len(stop)), dtype=torch.float64, device=world.device), *torch.cat([*said.values(), loss_sum.new_zeros(0)])])).tolist()
         good = math.isfinite(loss + gnorm)
-        bad = 0 if good else bad + 1
+        updates, bad = updates + good, 0 if good else bad + 1
         if good:
             optimizer.step()
-            updates += 1
         engine.zero_grad()
-        metrics = update_biases(engine.models, world, moving=good and step < cfg.bias_until * cfg.steps)
-        metrics |= {name: nll / max(mass, 1e-20) for name, nll, mass in zip(said, said_sums[::2], said_sums[1::2])}
+        metrics |= update_biases(engine.models, world, moving=good and step < cfg.bias_until * cfg.steps)
 
         took = time.perf_counter() - tick
         seconds, recent = seconds + took, (recent + [took])[-50:]
-        done, last = step + 1, step + 1 == cfg.steps or bool(stopping)
+        done, last = step + 1, step + 1 == cfg.steps or stopping
         tok_s = cfg.tokens_per_step / took
         if world.main:
             log.add(step=done, loss=loss, lr=lr, grad_norm=gnorm, tokens=done * cfg.tokens_per_step, tok_per_s=tok_s,
-                    seconds=seconds, **metrics, **{} if good else dict(skipped=True))
+                    seconds=seconds, **metrics | ({} if good else dict(skipped=True)))
             if done % cfg.log_every == 0 or last or done == start + 1:
                 typical = sorted(recent)[len(recent) // 2]
                 pauses = 1 + paused / max(1e-9, time.perf_counter() - begun - paused)      # evaluations and saves to come
@@ -982,8 +974,10 @@ def train(cfg, typed):
         if not good:
             say(f"step {done}: loss {loss}, gradient norm {gnorm}: not finite on some rank, so no rank moved its weights ({bad} in a row)")
         if bad >= cfg.max_bad_steps:
+            dist.saving()
             raise UsageError(f"{bad} steps in a row without a finite loss and gradient; the last checkpoint in {out}/ckpt is good. Begin "
                              f"anew from it with --init_from={out} and a smaller --lr than {cfg.lr:g}")
+        dist.watch(world, cfg.timeout)
         tick = time.perf_counter()
         if done == cfg.steps or cfg.eval_every and done % cfg.eval_every == 0 and not stopping:
             scores = evaluate(engine, loaders["val"], meta, cfg)
@@ -993,7 +987,7 @@ def train(cfg, typed):
                 log.add(step=done, **scores, seconds=seconds, sample=text)
                 say(eval_lines(done, cfg.steps, scores, metrics, text))
         if last or cfg.save_every and done % cfg.save_every == 0:
-            save(done)
+            save(done, cfg.async_save and not last)
         if world.main and (last or cfg.eval_every and done % cfg.eval_every == 0):
             try:
                 write_report(out / "report.html", cfg, log.rows, facts, running=not last)
@@ -1007,11 +1001,28 @@ def train(cfg, typed):
         say(f"done in {clock(time.perf_counter() - begun)}: {out}/report.html shows the run; sample with: "
             f"python train.py --out_dir={out} --sample")
     ahead.close()
-    dist.saving()                                                # the last one may still be on its way to the disk
     engine = None                                                # DDP lets go of the group before the group ends
     dist.shutdown()
     if lock is not None:
         os.close(lock)
+
+
+def set_pace(cfg, step, engine, optimizer):
+    """What a step is given as a function of its number alone: learning rate (returned), weight of MTP's loss, randomness of dropout."""
+    lr = learning_rate(cfg, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for model in engine.models:
+        model.mtp_weight = mtp_weight(cfg, step)
+    torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + engine.world.batch.rank) % 2**63)
+    return lr
+
+
+def of_all_ranks(world, loss_sum, said, weight, stops):
+    """(loss of the step, {metric: its mean}, did anybody ask to stop?), the same on all ranks."""
+    flat = [loss_sum / weight, loss_sum.new_tensor(stops), *(number for pair in said.values() for number in pair)]
+    loss, stops, *sums = dist.all_sum(world, torch.stack(flat)).tolist()
+    return loss, {name: nll / max(mass, 1e-20) for name, nll, mass in zip(said, sums[::2], sums[1::2])}, stops > 0
 
 
 def start_run_folder(cfg, world, engine, tok, start, total):

@@ -27,6 +27,8 @@ MODELS = {
     "linear": dict(layers="linear,transnormer", pos="rope"),
     "gpt2": dict(norm="layer", act="gelu_tanh", pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True),
     "mqa_t5": dict(attn="mqa", pos="t5", attn_softcap=20.0),
+    "t5": dict(arch="encdec", pos="t5", act="geglu_tanh", attn_scale=1.0, n_enc_layer=2, n_layer=2, norm_at="pre", tie_embeddings=False),
+    "prefix": dict(arch="prefix", attn="gqa", n_kv_head=2),
     "three_heads": dict(layers="mla,mha,gdn,lightning", n_head=3, n_embd=36, head_dim=12, qk_norm="none"),
     "olmo2": dict(qk_norm="width", norm_at="branch_post", n_head=3, n_embd=36),
     "alibi": dict(layers="strided,mha", pos="alibi", sparse_stride=4, n_head=3, n_embd=36, norm_at="sandwich"),
@@ -40,8 +42,11 @@ def batches_of(cfg, step):
     tokens = torch.randint(cfg.vocab_size, (ROWS, cfg.seq_len + 1), generator=draw)
     doc = (torch.rand(ROWS, cfg.seq_len, generator=draw) < 0.08).cumsum(1)
     place = torch.arange(cfg.seq_len) - torch.stack([torch.tensor([(row == i).nonzero()[0, 0] for i in row]) for row in doc])
-    return dict(tokens=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), positions=place, doc_ids=doc,
-                weights=(torch.rand(ROWS, cfg.seq_len, generator=draw) < 0.9).float())
+    batch = dict(tokens=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous(), positions=place, doc_ids=doc,
+                 weights=(torch.rand(ROWS, cfg.seq_len, generator=draw) < 0.9).float())
+    if cfg.arch == "encdec":
+        batch |= dict(enc_tokens=tokens[:, :20].contiguous(), enc_doc_ids=torch.where(torch.arange(20) < 17, doc[:, :20], -1))
+    return batch | (dict(prefix_len=1 + torch.arange(ROWS)) if cfg.arch == "prefix" else {})
 
 
 def run(cfg, home=None):
@@ -117,23 +122,31 @@ def check(name, layout, ranks):
     assert seen.keys() == grads.keys() and all(mask.all() for mask in seen.values()), "some parameters are nowhere"
 
 
-LAYOUTS = [(name, layout) for name, layouts in {
-    "dense": (dict(dp=2), dict(fsdp=3, dp=2), dict(fsdp=2, dp=2), dict(tp=2), dict(tp=2, sp=False), dict(cp=2), dict(cp=2, cp_mode="ulysses"),
-              dict(cp=2, cp_mode="ring"), dict(pp=2), dict(dp=4), dict(fsdp=3, dp=4, hsdp=2), dict(tp=4), dict(fsdp=3, dp=2, tp=2), dict(pp=2, tp=2),
-              dict(pp=2, pp_schedule="gpipe"), dict(pp=2, pp_schedule="zbv"), dict(pp=2, pp_schedule="interleaved"), dict(pp=2, pp_schedule="dualpipev"),
-              dict(pp=2, pp_schedule="looped_bfs"), dict(pp=2, pp_schedule="interleaved_zb"), dict(pp=2, dp=2, fsdp=3), dict(dp=2, pp=2),
-              dict(pp=2, dp=2, fsdp=3, tp=2), dict(pp=2, cp=2, tp=2), dict(fsdp=3, dp=2, cp=2, tp=2)),
-    "mla_moe": (dict(dp=2, ep=2), dict(fsdp=3, dp=2, tp=2), dict(dp=2, ep=2, tp=2), dict(dp=4, ep=2), dict(dp=4, ep=2, fsdp=3), dict(pp=2, dp=2, ep=2),
-                dict(cp=2, ep=2), dict(cp=2, cp_mode="ring"), dict(cp=2, cp_mode="ulysses"), dict(pp=2), dict(tp=2)),
-    "moe": (dict(dp=2, ep=2, fsdp=3), dict(tp=2, sp=False), dict(pp=2, pp_schedule="zbv")),
-    "lightning": (dict(dp=2), dict(cp=2), dict(tp=2), dict(cp=4), dict(cp=2, tp=2, fsdp=3, dp=2), dict(pp=2)),
-    "swa": (dict(cp=2), dict(cp=2, cp_mode="ring"), dict(cp=4, cp_mode="ring"), dict(cp=2, cp_mode="ulysses"), dict(tp=2), dict(pp=2, tp=2)),
-    "gdn": (dict(cp=2), dict(tp=2), dict(cp=2, tp=2)),
-    "linear": (dict(cp=2), dict(tp=2)),
-    "gpt2": (dict(tp=2), dict(tp=2, sp=False), dict(cp=2), dict(fsdp=3, dp=2), dict(pp=2, tp=2)),
-    "three_heads": (dict(tp=2), dict(cp=2, tp=2)), "olmo2": (dict(tp=2), dict(dp=2, tp=2, fsdp=3)), "alibi": (dict(tp=2), dict(tp=3), dict(cp=2), dict(cp=2, cp_mode="ring")),
-    "mqa_t5": (dict(tp=2), dict(cp=2), dict(cp=2, cp_mode="ulysses"), dict(pp=2)),
-}.items() for layout in layouts]
+QUICK = {                          # for the plain test run; of each axis and each kind of model one
+    "dense": (dict(dp=2), dict(fsdp=3, dp=2), dict(tp=2), dict(cp=2, cp_mode="ring"), dict(fsdp=3, dp=4, hsdp=2), dict(pp=2, dp=2, fsdp=3, tp=2)),
+    "mla_moe": (dict(dp=2, ep=2, tp=2), dict(pp=2, dp=2, ep=2), dict(cp=2, ep=2)),
+    "moe": (dict(dp=2, ep=2, fsdp=3), dict(pp=2, pp_schedule="zbv")),
+    "lightning": (dict(cp=2), dict(tp=2)), "swa": (dict(cp=2, cp_mode="ulysses"),), "gdn": (dict(cp=2, tp=2),), "linear": (dict(cp=2),),
+    "gpt2": (dict(tp=2),), "three_heads": (dict(tp=2),), "olmo2": (dict(tp=2),), "alibi": (dict(tp=3),), "t5": (dict(tp=2, sp=False),),
+}
+MORE = {
+    "dense": (dict(fsdp=2, dp=2), dict(tp=2, sp=False), dict(cp=2), dict(cp=2, cp_mode="ulysses"), dict(pp=2), dict(dp=4), dict(tp=4),
+              dict(fsdp=3, dp=2, tp=2), dict(pp=2, tp=2), dict(pp=2, pp_schedule="gpipe"), dict(pp=2, pp_schedule="zbv"),
+              dict(pp=2, pp_schedule="interleaved"), dict(pp=2, pp_schedule="dualpipev"), dict(pp=2, pp_schedule="looped_bfs"),
+              dict(pp=2, pp_schedule="interleaved_zb"), dict(pp=2, dp=2, fsdp=3), dict(dp=2, pp=2), dict(pp=2, cp=2, tp=2),
+              dict(fsdp=3, dp=2, cp=2, tp=2), dict(dp=8), dict(pp=4), dict(pp=2, dp=2, fsdp=3, pp_schedule="zbv"), dict(fsdp=3, dp=2, ac="full"),
+              dict(fsdp=2, dp=2, tp=2, ac="selective"), dict(pp=2, dp=2, ac="full"), dict(pp=2, pp_schedule="zbv", ac="full"), dict(cp=2, cp_mode="ring", ac="norm")),
+    "mla_moe": (dict(fsdp=3, dp=2, tp=2), dict(dp=2, ep=2), dict(dp=4, ep=2), dict(dp=4, ep=2, fsdp=3), dict(cp=2, cp_mode="ring"),
+                dict(cp=2, cp_mode="ulysses"), dict(pp=2), dict(tp=2), dict(dp=2, ep=2, tp=2, ac="full"), dict(dp=8, ep=4, fsdp=3, hsdp=2)),
+    "moe": (dict(tp=2, sp=False),), "lightning": (dict(dp=2), dict(cp=4), dict(cp=2, tp=2, fsdp=3, dp=2), dict(pp=2)),
+    "swa": (dict(cp=2), dict(cp=2, cp_mode="ring"), dict(cp=4, cp_mode="ring"), dict(tp=2), dict(pp=2, tp=2)),
+    "gdn": (dict(cp=2), dict(tp=2)), "linear": (dict(tp=2),), "gpt2": (dict(tp=2, sp=False), dict(cp=2), dict(fsdp=3, dp=2), dict(pp=2, tp=2)),
+    "three_heads": (dict(cp=2, tp=2),), "olmo2": (dict(dp=2, tp=2, fsdp=3),), "alibi": (dict(tp=2), dict(cp=2), dict(cp=2, cp_mode="ring")),
+    "mqa_t5": (dict(tp=2), dict(cp=2), dict(cp=2, cp_mode="ulysses"), dict(pp=2)), "t5": (dict(tp=2), dict(fsdp=3, dp=2), dict(dp=2)),
+    "prefix": (dict(cp=2), dict(tp=2), dict(cp=2, cp_mode="ring")),
+}
+LAYOUTS = [pytest.param(name, layout, marks=marks) for table, marks in ((QUICK, ()), (MORE, pytest.mark.slow))
+           for name, layouts in table.items() for layout in layouts]
 
 
 def ranks_of(layout):
