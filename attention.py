@@ -852,9 +852,10 @@ class Ring(torch.autograd.Function):
                 dq[:, :, qs] += dscore @ k_here
                 dk[:, :, ks] += shared(dscore.mT @ q[:, :, qs])
                 dv[:, :, ks] += shared(p.mT @ dy[:, :, qs])
-            travelling = Ring.pass_on(at.world.cp, travelling)             # after the last turn they are home
+            last = turn == at.world.cp.size - 1                            # then the gradients are home, and nobody needs the rest
+            travelling = Ring.pass_on(at.world.cp, travelling[2:] if last else travelling)
         dsinks = None if sinks is None else -((sinks.view(1, -1, 1, 1) - lse).exp() * delta).sum((0, 2, 3)).to(sinks.dtype)
-        return *(t.transpose(1, 2).to(kind) for t, kind in zip((dq, *travelling[2:]), ctx.kinds)), dsinks, None, None, None
+        return *(t.transpose(1, 2).to(kind) for t, kind in zip((dq, *travelling), ctx.kinds)), dsinks, None, None, None
 
     @staticmethod
     def scores(q, k, added, scale, softcap):

@@ -1450,7 +1450,7 @@ def block_moves(block, cfg, rows, n):
             moves += [("cp", "all-to-all", swapped, swapped, "all-to-all", swapped)]
         else:                                                    # backward takes the gradients of keys and values along, and home
             keys = 4 * here * G * (K + U)
-            moves += [("cp", "send", (cp - 1) * keys, (cp - 1) * keys, "send", 2 * cp * keys)]
+            moves += [("cp", "send", (cp - 1) * keys, (cp - 1) * keys, "send", (2 * cp - 1) * keys)]
     if isinstance(block.mlp, MoE):
         visits = n * here * cfg.n_active * D
         moves += [("ep", "all-to-all", 2 * visits, 2 * visits, "all-to-all", 2 * visits)]

@@ -114,9 +114,9 @@ def together(body, ranks):
     return [fork(body, common | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(ranks)]
 
 
-def launch(body, ranks):
+def launch(body, ranks, timeout=120):
     """The same; returns their exit codes."""
-    return [wait(pid) for pid in together(body, ranks)]
+    return [wait(pid, timeout) for pid in together(body, ranks)]
 
 
 # ---- Tiny text and tiny runs ----

@@ -34,7 +34,7 @@ def mixed(tiny):
 def go(flags, layout, **env):
     """One command on as many ranks as its layout has."""
     ranks = ranks_of(layout)
-    said = launch(lambda: (os.environ.update(env), run_train(*flags, *(f"--{name}={value}" for name, value in layout.items()))), ranks)
+    said = launch(lambda: (os.environ.update(env), run_train(*flags, *(f"--{name}={value}" for name, value in layout.items()))), ranks, 300)
     assert said == [0] * ranks
 
 
@@ -89,9 +89,9 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(mixed, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [dict(dp=2), dict(dp=2, fsdp=3), dict(tp=2), dict(dp=2, ep=2)], ids=lambda x: "-".join(f"{k}{v}" for k, v in x.items()))
+@pytest.mark.parametrize("layout", [dict(dp=2, fsdp=3), dict(tp=2)], ids=lambda x: "-".join(f"{k}{v}" for k, v in x.items()))
 def test_killed_twenty_times(layout, mixed, tmp_path):
-    assert killed_again_and_again([*mixed, "--steps=400", "--save_every=2", "--keep=2", "--async_save"], layout, 20, tmp_path) == 20
+    assert killed_again_and_again([*mixed, "--steps=300", "--save_every=3", "--keep=2", "--async_save"], layout, 20, tmp_path) == 20
 
 
 # ---- Faults ----

@@ -119,12 +119,12 @@ def test_gathered_keys():
 
 
 def test_ring():
-    """Keys and values go round once forward; backward they and their gradients make the whole round."""
+    """Keys and values go round once, forward and backward; their gradients come home."""
     cfg = TrainConfig(**TINY | MODELS["dense"])
     for ranks in (2, 4):
         got, calls, *_ = traffic_of("dense", dict(cp=ranks, cp_mode="ring"), ranks, micro_batch=8)[0]
         part = 8 * cfg.seq_len // ranks * 2 * cfg.n_kv_head * 4 * cfg.n_embd // cfg.n_head
-        close(got, dict(reduce=size("dense"), send=cfg.n_layer * part * (ranks - 1 + 2 * ranks)))
+        close(got, dict(reduce=size("dense"), send=cfg.n_layer * part * (ranks - 1 + 2 * ranks - 1)))
 
 
 @pytest.mark.parametrize("fsdp", [0, 3])
