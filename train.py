@@ -396,7 +396,7 @@ def state_of(engine, optimizer):
     for share in engine.shares:
         for key, value in optimizer.state.get(share.local, {}).items():
             if key != "step":
-                held[f"optimizer.{key}.{share.name}"] = engine.held_like(share, value)
+                held.setdefault(f"optimizer.{key}.{share.name}", engine.held_like(share, value))         # once, also of a weight at both ends
     return held
 
 

@@ -19,7 +19,7 @@ from test_layouts import ranks_of
 from test_train import assert_same_bits, elsewhere, final, losses_of, out_of, rows_of
 from tokenizer import UsageError
 
-LAYOUTS = {"1": {}, "dp2": dict(dp=2), "dp3": dict(dp=3), "fsdp4": dict(dp=4, fsdp=3), "tp2": dict(tp=2), "pp2": dict(pp=2), "ep2": dict(dp=2, ep=2),
+LAYOUTS = {"1": {}, "dp2": dict(dp=2), "dp3": dict(dp=3), "fsdp4": dict(dp=4, fsdp=3), "tp2": dict(tp=2), "pp2": dict(pp=2), "zbv": dict(pp=2, pp_schedule="zbv"), "ep2": dict(dp=2, ep=2),
            "cp2": dict(cp=2), "2x2": dict(dp=2, fsdp=3, tp=2), "2x2x2": dict(pp=2, dp=2, tp=2, fsdp=2)}
 
 
