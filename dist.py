@@ -325,6 +325,9 @@ def refuse_layout(cfg, size):
          "models; use one, or another --norm"),
         (cfg.compile and pp > 1 and schedule in ("interleaved_zb", "zbv", "dualpipev"),
          f"--pp_schedule={schedule} splits backward in two, which compiled blocks cannot; use --compile=false or --pp_schedule=1f1b"),
+        (cfg.mtp and cfg.tie_embeddings and pp > 1 and schedule in ("interleaved_zb", "zbv", "dualpipev"),
+         f"--pp_schedule={schedule} splits backward in two, which torch cannot where MTP looks up what is also the head; use "
+         "--tie_embeddings=false or --pp_schedule=1f1b"),
         (low != cfg.tokens_per_step, f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len}{ours} "
          f"x dp {dp}); use " + " or ".join(f"--tokens_per_step={n}" for n in (low, low + unit) if n)),
     ))

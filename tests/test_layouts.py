@@ -20,7 +20,7 @@ TINY = dict(n_layer=4, n_embd=32, n_head=4, seq_len=32, vocab_size=61, micro_bat
 MODELS = {
     "dense": dict(attn="gqa", n_kv_head=2, qk_norm="head"),
     "mla_moe": dict(attn="mla", moe=True, n_expert=8, n_active=2, d_expert=16, mtp=1, aux_loss="sequence", tie_embeddings=False),
-    "moe": dict(moe=True, n_expert=8, n_active=2, d_expert=16, moe_every=2, n_dense_layer=0),
+    "dense_mtp": dict(mtp=1), "moe": dict(moe=True, n_expert=8, n_active=2, d_expert=16, moe_every=2, n_dense_layer=0),
     "lightning": dict(layers="lightning,mha"),
     "swa": dict(attn="swa", window=9, sinks=True, tie_embeddings=False),
     "gdn": dict(layers="gdn,kda"),
