@@ -24,7 +24,8 @@ References:
     2004.05150; [BigBird] 2007.14062; [Su] spaces.ac.cn 6853 and 7546; [GQA] 2305.13245; [DSV2] DeepSeek-V2, 2405.04434;
     [Gem2] Gemma 2, 2408.00118; [GptOss] gpt-oss, 2508.10925; [Gate] Gated Attention, 2505.06708; [LinTr] Transformers are RNNs,
     2006.16236; [EffAttn] Efficient Attention, 1812.01243; [LA2] Lightning Attention-2, 2401.04658; [MiniMax] MiniMax-01,
-    2501.08313; [Llama3] 2407.21783; [Ulysses] 2309.14509; [Ring] 2310.01889; [Flash2] 2307.08691; [TNL] TransNormerLLM, 2307.14995; [GDN] Gated Delta Networks, 2412.06464; [KDA] Kimi Linear, 2510.26692
+    2501.08313; [Llama3] 2407.21783; [Ulysses] 2309.14509; [Ring] 2310.01889; [Flash2] 2307.08691; [TNL] TransNormerLLM, 2307.14995;
+    [GDN] Gated Delta Networks, 2412.06464; [KDA] Kimi Linear, 2510.26692
 Run me:      python attention.py             (parameters, cost and cache of every variant)
              python attention.py --bench     (plain products beside PyTorch's SDPA, on this device)
 """
@@ -202,8 +203,9 @@ def alibi_slopes(H):
 
 
 def t5_bias(cfg, distance_TS, this, heads):
-    bucket_TS, first = t5_bucket(distance_TS, cfg.t5_buckets, cfg.t5_distance, both_ways=not this.causal), bounds(cfg.n_head, this.world.tp)[0]
-    return this.rel_bias(bucket_TS)[..., heads.start - first:heads.stop - first].permute(2, 0, 1)[None]      # the table has this rank's heads
+    bucket_TS = t5_bucket(distance_TS, cfg.t5_buckets, cfg.t5_distance, both_ways=not this.causal)
+    first = bounds(cfg.n_head, this.world.tp)[0]                               # of the heads that this rank's table has
+    return this.rel_bias(bucket_TS)[..., heads.start - first:heads.stop - first].permute(2, 0, 1)[None]
 
 
 def alibi_bias(cfg, distance_TS, this, heads):
@@ -804,7 +806,8 @@ def ulysses(q_BTHK, k_BTGK, v_BTGU, at, scale, dropout, softcap, sinks, shaw):
     if G % cp.size:
         k_BTGK, v_BTGU = (t.repeat_interleave(H // G, 2) for t in (k_BTGK, v_BTGU))
     q_BSHK, k_BSGK, v_BSGU = (swap(t, cp, 2, 1) for t in (q_BTHK, k_BTGK, v_BTGU))
-    y_BSHU = attend_here(q_BSHK, k_BSGK, v_BSGU, at, scale, dropout, softcap, sinks if sinks is None else sinks.chunk(cp.size)[cp.rank], shaw)
+    sinks = None if sinks is None else sinks.chunk(cp.size)[cp.rank]
+    y_BSHU = attend_here(q_BSHK, k_BSGK, v_BSGU, at, scale, dropout, softcap, sinks, shaw)
     return swap(y_BSHU, cp, 1, 2)
 
 
@@ -829,7 +832,8 @@ class Ring(torch.autograd.Function):
                 new = score.logsumexp(-1, keepdim=True)
                 both = torch.logaddexp(lse_BHT1[:, :, qs], new)
                 base = both.masked_fill(both == -torch.inf, 0.0)             # no key seen yet
-                y_BHTU[:, :, qs] = y_BHTU[:, :, qs] * (lse_BHT1[:, :, qs] - base).exp() + (score - base).exp() @ for_heads(v[:, :, ks], score.shape[1])
+                y_new = (score - base).exp() @ for_heads(v[:, :, ks], score.shape[1])
+                y_BHTU[:, :, qs] = y_BHTU[:, :, qs] * (lse_BHT1[:, :, qs] - base).exp() + y_new
                 lse_BHT1[:, :, qs] = both
         ctx.save_for_backward(q_BHTK, k_BGTK, v_BGTU, sinks, y_BHTU, lse_BHT1)
         ctx.rest, ctx.kinds = (at, scale, softcap), (q_BTHK.dtype, k_BTGK.dtype, v_BTGU.dtype)

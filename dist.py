@@ -22,7 +22,8 @@ A checkpoint is a folder of plain tensors in the safetensors layout and one JSON
 folder gets its name by a rename when all of it is on disk. Nothing is pickled, so opening one runs no code, and a half-written or damaged
 one is recognised and passed over for the one before.
 
-Contents:    config | the world | layouts | reductions | collectives of the layers | cuts and pieces | engines | safetensors | checkpoints | plan | demo and bench
+Contents:    config | the world | layouts | reductions | collectives of the layers | cuts and pieces | engines | safetensors | checkpoints |
+             plan | demo and bench
 References:
     [DDP] 2006.15704; [FSDP] 2304.11277; [Megatron] 1909.08053; [SP] Reducing Activation Recomputation, 2205.05198; [Ulysses] 2309.14509;
     [Ring] 2310.01889; [Llama3] 2407.21783; [GPipe] 1811.06965; [Megatron2] 2104.04473; [BFS] Breadth-First Pipeline, 2211.05953;
@@ -295,6 +296,7 @@ def refuse_layout(cfg, size):
     mixers = {name.partition("*")[0].strip() for name in (cfg.layers or cfg.attn).split(",")}
     softmax, stages = mixers - RECURRENT, pp * each if pp > 1 else 1
     kv = cfg.n_kv_head or (1 if "mqa" in mixers else max(1, H // 4) if "gqa" in mixers else H)
+    grouped = softmax - {"mla"} and kv != H
     mirrored = cfg.cp_mode != "ulysses" and not mixers & RECURRENT and cfg.arch == "decoder"           # then a rank has two pieces of a row
     cuts, unit = cp * (1 + mirrored), cfg.seq_len * dp * max(1, cfg.micro_batch)
     low, ours = cfg.tokens_per_step // unit * unit, f" x --micro_batch={cfg.micro_batch}" * bool(cfg.micro_batch)
@@ -303,8 +305,8 @@ def refuse_layout(cfg, size):
         (cfg.hsdp > 1 and not cfg.fsdp, f"--hsdp={cfg.hsdp} makes copies of sharded weights; give it --fsdp, or leave it out"),
         (batch % cfg.hsdp, f"--hsdp={cfg.hsdp} does not divide dp x cp = {batch} ranks; use one of {divisors(batch)[:12]}"),
         (tp > H, f"--tp={tp} ranks share --n_head={H} heads, at least one each; use --tp={divisors(H)[-1]} or less"),
-        (H % tp and softmax - {"mla"} and kv != H, f"--tp={tp} does not divide --n_head={H}, whose heads share keys; use one of {divisors(H)}"),
-        (softmax - {"mla"} and kv != H and kv % tp and tp % kv, f"--tp={tp}, {kv} key heads: one must divide the other; use one of {divisors(H, kv)}"),
+        (grouped and H % tp, f"--tp={tp} does not divide --n_head={H}, whose heads share keys; use one of {divisors(H)}"),
+        (grouped and kv % tp and tp % kv, f"--tp={tp}, {kv} key heads: one must divide the other; use one of {divisors(H, kv)}"),
         (tp > cfg.vocab_size, f"--tp={tp} is more than --vocab_size={cfg.vocab_size}; use one of {divisors(H)}"),
         (ep > 1 and not cfg.moe, f"--ep={ep} deals out experts, of which there are none; give it --moe, or leave it out"),
         (ep > 1 and cfg.n_expert % ep, f"--ep={ep} does not divide --n_expert={cfg.n_expert}; use one of {divisors(cfg.n_expert, batch)}"),
@@ -316,8 +318,8 @@ def refuse_layout(cfg, size):
         (cp > 1 and cfg.cp_mode == "ring" and (cfg.attn_dropout or cfg.pos in ("shaw", "t5")),
          "--cp_mode=ring has neither --attn_dropout nor --pos=shaw or t5; use --cp_mode=gather"),
         (cp > 1 and cfg.arch == "encdec", f"--cp={cp} shares the rows of one text, and --arch=encdec reads two; use --cp=1"),
-        (cp > 1 and mixers & {"gdn", "kda"} and cfg.seq_len // cp < 4, f"--cp={cp} leaves a rank fewer tokens of --seq_len={cfg.seq_len} than the "
-         "convolution of gdn and kda reads; use --cp=1"),
+        (cp > 1 and mixers & {"gdn", "kda"} and cfg.seq_len // cp < 4, f"--cp={cp} leaves a rank fewer tokens of --seq_len={cfg.seq_len} "
+         "than the convolution of gdn and kda reads; use --cp=1"),
         (pp > 1 and cfg.arch == "encdec", f"--pp={pp} cuts one stack of blocks, and --arch=encdec has two; use --pp=1"),
         (cfg.n_layer < stages, f"--pp={pp} with --pp_schedule={schedule} has {stages} stages, more than --n_layer={cfg.n_layer} blocks; "
          f"use --pp={max(1, cfg.n_layer // each)}" + " or --pp_schedule=1f1b" * (each > 1)),
@@ -540,7 +542,8 @@ def to_owners(x_VD, count_E, group):
     return Exchange.apply(x_VD, sent, received, group.name), came_NE, lambda y_VD: Exchange.apply(y_VD, received, sent, group.name)
 
 
-def vocab_parallel_cross_entropy(x_MD, w_VD, targets_M, weights_M, bias_V=None, softcap=0.0, z_alpha=0.0, smoothing=0.0, n_vocab=0, tp=ALONE):
+def vocab_parallel_cross_entropy(x_MD, w_VD, targets_M, weights_M, bias_V=None, softcap=0.0, z_alpha=0.0, smoothing=0.0, n_vocab=0,
+                                 tp=ALONE):
     """kernels.linear_cross_entropy where each rank of tp has the head's rows of some ids: (sum of weights * loss, nll [M], detached). A
     maximum, a sum and the target's logit of every row cross the network, never the logits.                  [Megatron sec 3]"""
     low, high = bounds(n_vocab, tp)
@@ -591,7 +594,8 @@ def pieces(shape, cuts):
             continue
         each = shape[cut.dim] // cut.parts
         low, high = (end * each // (cut.units or each) for end in bounds(cut.units or each, cut.group))
-        boxes = [box[:cut.dim] + [(part * each + low, part * each + high)] + box[cut.dim + 1:] for box in boxes for part in range(cut.parts)]
+        parts = [[(part * each + low, part * each + high)] for part in range(cut.parts)]
+        boxes = [box[:cut.dim] + part + box[cut.dim + 1:] for box in boxes for part in parts]
     return boxes
 
 
@@ -681,7 +685,8 @@ class Engine:
         for number, stage in enumerate(stages):
             for name, _ in stage.named_parameters():
                 self.holders.setdefault(name, []).append(number)
-        self.parts = [Part(stage if self.fsdp else stage.to(world.device), number, cast) for number, stage in enumerate(stages) if self.owner[number] == world.pp.rank]
+        self.parts = [Part(stage if self.fsdp else stage.to(world.device), number, cast)
+                      for number, stage in enumerate(stages) if self.owner[number] == world.pp.rank]
         self.calls = [self.wrapped(part) for part in self.parts]
         self.shares = [self.share(part.number, name, p, *table[name]) for part in self.parts for name, p in part.model.named_parameters()]
 
@@ -787,8 +792,8 @@ class Engine:
             return None
         others = [(name, t.shape, [[(0, n) for n in t.shape]], t) for model in self.models for name, t in model.state_dict().items()
                   if name in dict(model.named_buffers())]
-        every = [None] * world.size if world.main else None
-        td.gather_object([(name, tuple(shape), own, t.cpu()) for name, shape, own, t in boxes + others * (world.batch.rank == world.tp.rank == 0)], every)
+        boxes, every = boxes + others * (world.batch.rank == world.tp.rank == 0), [None] * world.size if world.main else None
+        td.gather_object([(name, tuple(shape), own, t.cpu()) for name, shape, own, t in boxes], every)
         if not world.main:
             return None
         with torch.device("meta"):
@@ -923,12 +928,12 @@ class Engine:
             if not part.model.last and self.owner[number + 1] != self.world.pp.rank:
                 for t in out:
                     td.send(t.contiguous(), self.world.pp.ranks[self.owner[number + 1]], group=self.world.pp.pg)
-        said = [one for part in self.parts for one in part.said]
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for part in self.parts:
+            for loss, weight, _ in part.said:
+                total += torch.stack([loss, weight.double()])
             part.said.clear()
-        mine = self.world.tp.rank == 0
-        return torch.stack([sum(loss for loss, _, _ in said) * mine + torch.zeros((), dtype=torch.float64, device=self.world.device),
-                            sum(weight.double() for _, weight, _ in said) * mine + torch.zeros((), dtype=torch.float64, device=self.world.device)])
+        return total * (self.world.tp.rank == 0)
 
 
 def to_device(batch, device):

@@ -303,7 +303,8 @@ def balance_losses(logits_BTE, expert_BTA, cfg, cp=ALONE):
     shares_of = lambda chosen_BTA: torch.zeros_like(score_BTE[:, 0]).scatter_add_(
         1, chosen_BTA.flatten(1), score_BTE.new_full((B, T * A), E / (A * T)))
     share_of = lambda chosen_BTA: all_sum(cp, shares_of(chosen_BTA)) / cp.size
-    f_BE, losses = share_of(expert_BTA) if AUX_LOSSES[cfg.aux_loss] or cfg.device_alpha else None, {}                                              # [DSMoE eq 13, DSV2 eq 24]
+    losses, asked = {}, AUX_LOSSES[cfg.aux_loss] or cfg.device_alpha
+    f_BE = share_of(expert_BTA) if asked else None                                        # [DSMoE eq 13, DSV2 eq 24]
     if AUX_LOSSES[cfg.aux_loss]:
         P_BE = mean(AUX_LOSSES[cfg.aux_loss](logits_BTE, score_BTE))
         own_BE = share_of(score_BTE.topk(A, dim=-1).indices) if cfg.aux_loss == "sequence" else f_BE         # [DSV3 eq 18]
@@ -396,7 +397,7 @@ class MoE(nn.Module):
         super().__init__()
         validate_moe(cfg)
         width = expert_width(cfg, d_ff)
-        self.cfg, self.aux_B, self.aux_has_graph = cfg, None, False              # aux_B: in training its weighted auxiliary losses, if there are any
+        self.cfg, self.aux_B, self.aux_has_graph = cfg, None, False      # aux_B: in training its weighted auxiliary losses, if any
         self.router = nn.Linear(cfg.n_embd, cfg.n_expert, bias=cfg.router_bias)
         self.experts = Experts(cfg, cfg.n_expert, width, cfg.expert_bias)
         self.shared = Experts(cfg, 1, width * cfg.n_shared_expert) if cfg.n_shared_expert else None
@@ -487,14 +488,16 @@ def update_biases(model, world=World(), moving=True):
             layer.bias_E += moving * layer.cfg.bias_lr * step_E
             layer.count_E.zero_()
             layer.seen.zero_()
-        load_LE, bias_LE = (count_LE / mean_L1).masked_fill(asleep_L1, 1.0).nan_to_num(0.0), torch.stack([m.bias_E for m in layers]).double()
+        load_LE = (count_LE / mean_L1).masked_fill(asleep_L1, 1.0).nan_to_num(0.0)
+        bias_LE = torch.stack([m.bias_E for m in layers]).double()
         tops = torch.stack([load_LE.max() - 1, -load_LE.min(), (bias_LE.amax(1) - bias_LE.amin(1)).max()])
         entropy, dropped = seen[:, -2:].sum(0)
         sums = torch.stack([entropy * cfg.n_active / math.log(max(2, cfg.n_expert)), dropped, total])
     top = torch.cat([all_max(world.pp, tops), all_sum(world.pp, sums)]).tolist()
     if top[0] == -torch.inf:
         return {}
-    return dict(max_vio=top[0], min_load=-top[1], router_entropy=top[3] / max(1, top[5]), dropped=top[4] / max(1, top[5]), bias_range=top[2])
+    visits = max(1, top[5])
+    return dict(max_vio=top[0], min_load=-top[1], router_entropy=top[3] / visits, dropped=top[4] / visits, bias_range=top[2])
 
 
 # ---- Upcycling (a dense MLP becomes experts that begin as it was) ----

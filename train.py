@@ -240,7 +240,7 @@ def sample_text(model, tok, eot, prompt, n, cfg, device, dtype, seed, max_new_to
 
 # ---- Run folder (config, log, checkpoints) ----
 
-FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "world_size", "device_gb", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
+FREE_TO_CHANGE = {"out_dir", "resume", "overwrite", "plan", "device_gb", "sample", "prompt", "n_samples", "max_new_tokens", "temperature",
                   "top_k", "top_p", "repetition_penalty", "bench", "bench_peer", "size",
                   "log_every", "eval_every", "eval_tokens", "save_every", "keep",
                   "micro_batch", "ac", "timeout", "kernels", "compile", "steps", "cache_dir", "preset", "max_bad_steps", "async_save",
@@ -1035,7 +1035,8 @@ def start_run_folder(cfg, world, engine, tok, start, total):
     if cfg.overwrite:
         for name in OURS[:-1]:                                   # prepared data is named by its content and stays
             shutil.rmtree(out / name, ignore_errors=True) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    config = dataclasses.asdict(cfg) | dict(n_vocab=tok.n_vocab, layout=dist.layout(cfg, world.size), params_total=total, params_local=local)
+    config = dataclasses.asdict(cfg) | dict(n_vocab=tok.n_vocab, layout=dist.layout(cfg, world.size), params_total=total,
+                                            params_local=local)
     tok.save(out / "tokenizer")
     with atomic_write(out / "config.json", "w") as file:
         json.dump(config, file, indent=1)

@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FILES = ["tokenizer", "data", "kernels", "dist", "attention", "moe", "model", "train"]
 
@@ -166,3 +168,23 @@ def run_train(*flags):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+class Living(TorchDispatchMode):
+    """The tensors made inside it; bytes() of those that are still alive, without those in `besides`."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def bytes(self, besides=()):
+        besides = {t.untyped_storage()._cdata for t in besides}
+        return sum(size for key, (ref, size) in self.made.items() if key not in besides and not ref.expired())

@@ -1,9 +1,9 @@
 """Activation checkpointing: the same loss, gradients and counts to the bit, from less memory."""
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import Living
 from model import AC, Model, ModelConfig, keep_products
 from moe import MoE, update_biases
 from tokenizer import UsageError
@@ -73,25 +73,6 @@ def test_an_encoder_decoder_is_checkpointed_too(ac):
         loss.backward()
         return [loss.detach(), *(p.grad for p in model.parameters())]
     assert all(map(torch.equal, run("none"), run(ac)))
-
-
-class Living(TorchDispatchMode):
-    """Bytes of all tensors made inside it that are still alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = {}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return out
-
-    def bytes(self):
-        return sum(size for ref, size in self.made.values() if not ref.expired())
 
 
 def living_bytes(ac, **shape):

@@ -28,6 +28,12 @@ MODELS = {
     "gpt2": dict(norm="layer", act="gelu_tanh", pos="learned", qkv_bias=True, out_bias=True, mlp_bias=True),
     "mqa_t5": dict(attn="mqa", pos="t5", attn_softcap=20.0),
     "t5": dict(arch="encdec", pos="t5", act="geglu_tanh", attn_scale=1.0, n_enc_layer=2, n_layer=2, norm_at="pre", tie_embeddings=False),
+    "latent": dict(attn="mla", q_lora_rank=12, attn_gate=True, moe=True, n_expert=8, n_active=2, d_expert=12, expert_bias=True, router_bias=True, n_group=4,
+                   top_group=2, embed_norm=True, head_bias=True, logit_softcap=20.0, z_loss=1e-2, label_smoothing=0.1, aux_loss="switch", aux_alpha=0.05,
+                   z_alpha=1e-2, n_device=4, device_alpha=0.05, comm_alpha=0.05, n_head=3, n_embd=36),
+    "learned": dict(layers="mha,transnormer", pos="lrpe", act="swish", mlp_bias=True, norm="layer", norm_at="deepnorm", clip_qkv=0.5, out_bias=True,
+                    embed_scale=True, embed_grad_shrink=0.5),
+    "shaw": dict(attn="gqa", n_kv_head=2, pos="shaw", qk_norm="width", norm="group", norm_groups=4, act="relu2"),
     "prefix": dict(arch="prefix", attn="gqa", n_kv_head=2),
     "three_heads": dict(layers="mla,mha,gdn,lightning", n_head=3, n_embd=36, head_dim=12, qk_norm="none"),
     "olmo2": dict(qk_norm="width", norm_at="branch_post", n_head=3, n_embd=36),
@@ -143,6 +149,8 @@ MORE = {
     "gdn": (dict(cp=2), dict(tp=2)), "linear": (dict(tp=2),), "gpt2": (dict(tp=2, sp=False), dict(cp=2), dict(fsdp=3, dp=2), dict(pp=2, tp=2)),
     "three_heads": (dict(cp=2, tp=2),), "olmo2": (dict(dp=2, tp=2, fsdp=3),), "alibi": (dict(tp=2), dict(cp=2), dict(cp=2, cp_mode="ring")),
     "mqa_t5": (dict(tp=2), dict(cp=2), dict(cp=2, cp_mode="ulysses"), dict(pp=2)), "t5": (dict(tp=2), dict(fsdp=3, dp=2), dict(dp=2)),
+    "latent": (dict(tp=2), dict(cp=2), dict(dp=2, ep=2, tp=2), dict(cp=2, cp_mode="ring", ep=2), dict(pp=2, dp=2, fsdp=3)),
+    "learned": (dict(tp=2), dict(cp=2), dict(tp=2, sp=False), dict(fsdp=3, dp=2, tp=2)), "shaw": (dict(tp=4), dict(tp=4, sp=False), dict(cp=2), dict(cp=2, tp=2, cp_mode="ulysses")),
     "prefix": (dict(cp=2), dict(tp=2), dict(cp=2, cp_mode="ring")),
 }
 LAYOUTS = [pytest.param(name, layout, marks=marks) for table, marks in ((QUICK, ()), (MORE, pytest.mark.slow))

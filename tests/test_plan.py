@@ -11,14 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.distributed.pipelining import schedules
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import dist
 import model as M
 from attention import ATTENTION
-from conftest import ROOT, fork, run_train, wait
+from conftest import ROOT, Living, fork, run_train, wait
 from tokenizer import UsageError
 from train import TrainConfig
 
@@ -157,26 +155,6 @@ def batch_of(cfg, B):
     ids = torch.randint(cfg.vocab_size, (B, cfg.seq_len + 1))
     return dict(tokens=ids[:, :-1].contiguous(), targets=ids[:, 1:].contiguous(), weights=torch.ones(B, cfg.seq_len),
                 positions=torch.arange(cfg.seq_len).expand(B, -1).contiguous(), doc_ids=torch.zeros(B, cfg.seq_len, dtype=torch.long))
-
-
-class Living(TorchDispatchMode):
-    """Bytes of the tensors made inside it that are still alive, without those in `besides`."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = {}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return out
-
-    def bytes(self, besides):
-        besides = {t.untyped_storage()._cdata for t in besides}
-        return sum(size for key, (ref, size) in self.made.items() if key not in besides and not ref.expired())
 
 
 def kept_for_backward(cfg, B, dtype):
