@@ -48,6 +48,16 @@ def test_a_run_goes_on_from_layout_to_layout(mixed, tmp_path):
     assert chain.keys() == one.keys() and max(abs(one[step] - chain[step]) for step in one) < 5e-6
 
 
+@pytest.mark.parametrize("layout", ["2x2x2", "ep2"])
+def test_a_model_in_parts_writes_samples_as_a_whole_one_does(layout, mixed, tmp_path):
+    """An evaluation puts the model together on the main rank."""
+    flags = [*mixed, "--steps=2", "--eval_every=2", "--eval_tokens=512", "--temperature=0"]
+    go(elsewhere(flags, tmp_path / "one"), {})
+    go(elsewhere(flags, tmp_path / "parts"), LAYOUTS[layout])
+    one, parts = ([row for row in rows_of(tmp_path / name) if "sample" in row][0] for name in ("one", "parts"))
+    assert one["sample"] == parts["sample"] and abs(one["val_loss"] - parts["val_loss"]) < 5e-6
+
+
 def test_what_stands_at_both_ends_of_a_rank_is_saved_once(tiny, tmp_path):
     """zbv gives one rank the first and the last stage, so the tied embedding twice."""
     flags = [f for f in tiny if not f.startswith("--n_layer")] + ["--n_layer=4", "--tokens_per_step=512"]

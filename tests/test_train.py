@@ -272,6 +272,28 @@ def test_a_full_disk_does_not_end_the_run(tiny, tmp_path):
     assert dist.newest_checkpoint(Path(out_of(tiny)) / "ckpt").step == 8
 
 
+def test_checkpoints_in_the_background_are_the_same_and_say_when_they_fail(tiny, tmp_path):
+    """The disk is full once: the next save says so, and the run goes on."""
+    run_train(*elsewhere(tiny, tmp_path / "plain"))
+    log = tmp_path / "said"
+
+    def body():
+        write, sys.stdout, calls = dist.write_safetensors, open(log, "w"), []
+        def full_once(path, *rest):
+            calls.append(path)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            return write(path, *rest)
+        dist.write_safetensors = full_once
+        run_train(*tiny, "--async_save", "--keep=9", "--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+
+    assert wait(fork(body)) == 0
+    assert log.read_text().count("checkpoint before this one NOT saved (No space left on device)") == 1
+    assert [path.name[-1] for path in dist.checkpoints(Path(out_of(tiny)) / "ckpt")] == ["2", "6", "8"]
+    assert_same_bits(final(out_of(tiny)), final(tmp_path / "plain"))
+
+
 @pytest.mark.parametrize("until, ranks", [(6, 1), (6, 2), (99, 2)])
 def test_a_loss_that_is_not_finite_moves_no_weight_on_any_rank(until, ranks, tiny, tmp_path):
     """One rank sees nan in some steps: all skip them, to the bit as if they had not been; too many in a row end the run."""
