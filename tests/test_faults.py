@@ -139,12 +139,13 @@ def kill_at_every_point(home, ranks, victim, least, **options):
     raise AssertionError("the save never ends")
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_at_any_point_of_a_save(background, tmp_path):
     kill_at_every_point(tmp_path, ranks=1, victim=0, least=30, background=background)
 
 
-@pytest.mark.parametrize("victim, least, background", [(0, 35, False), (0, 35, True), (1, 12, False)])
+@pytest.mark.parametrize("victim, least, background", [
+    (0, 35, False), pytest.param(0, 35, True, marks=pytest.mark.slow), pytest.param(1, 12, False, marks=pytest.mark.slow)])
 def test_one_rank_of_two_is_killed_at_any_point_of_a_save(victim, least, background, tmp_path):
     """The other one is told so soon, and does not wait for ever."""
     kill_at_every_point(tmp_path, 2, victim, least, timeout=0.5, background=background)

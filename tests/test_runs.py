@@ -107,7 +107,7 @@ def killed_again_and_again(flags, layout, kills, tmp_path):
 
 
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(mixed, tmp_path):
-    assert killed_again_and_again([*mixed, "--steps=150", "--save_every=2", "--keep=2"], dict(dp=2), 6, tmp_path) == 6
+    assert killed_again_and_again([*mixed, "--steps=100", "--save_every=2", "--keep=2"], dict(dp=2), 4, tmp_path) == 4
 
 
 @pytest.mark.slow
