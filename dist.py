@@ -72,7 +72,7 @@ from tokenizer import UsageError, atomic_write, cores, flag, run_cli, sync_folde
 class DistConfig:
     device: str = "auto"           # where to compute: auto (a GPU if there is one), cpu or cuda
     dp: int = 0                    # copies of the model that share the rows of a step; 0 means as many as pp, cp and tp leave
-    fsdp: int = flag(0, bare=3)    # ZeRO stage: 1 and 2 shard optimizer state and gradients, 3 (and the bare flag) weights, too
+    fsdp: int = flag(0, bare=3)    # ZeRO stage: 1, 2 shard optimizer state and gradients, 3 (or bare) weights, too; with pp 3 is as 2
     hsdp: int = 1                  # fsdp: copies of the sharded weights, so that weights are gathered among fewer ranks
     tp: int = 1                    # ranks that share heads, hidden channels and the vocabulary
     sp: bool = True                # with tp, what is between sublayers is cut along the row, not held by all
@@ -710,14 +710,15 @@ class Engine:
         return call
 
     def fully_sharded(self, part):
-        """A unit for every block, in it one for experts that ep deals out, and one for the rest.                   [FSDP sec 3]"""
+        """A unit for every block, in it one for experts that ep deals out, and one for the rest. A pipeline stage stays gathered for a step:
+        it would gather for every micro-batch, and backward in two parts looks for gathered weights.                [FSDP sec 3]"""
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor import Shard
 
         world, units = self.world, []
         mesh = mesh_of(world.shards, world.copies, world.device.type)
 
-        def unit(module, mesh, shards, whole=self.fsdp == 3):
+        def unit(module, mesh, shards, whole=self.fsdp == 3 and self.n_stages == 1):
             units.append(fully_shard(module, mesh=mesh, reshard_after_forward=whole,
                                      shard_placement_fn=lambda p: Shard(shard_dim(p.shape, shards.size))))
         blocks = [*part.model.enc_blocks.children(), *part.model.blocks.children(), *(module.block for module in part.model.mtp)]
@@ -1482,8 +1483,7 @@ def traffic(piece, count, cfg, size, width):
         add(axis, back, number * m)
     add("tp", "all-reduce", 4 * count["tp"])
     add("pp", "all-reduce", 4 * count["shard"] * (piece.name == "each"))
-    # in a pipeline a stage stays gathered from each backward to the end of the forward after it, and what is outside of blocks all the step
-    times = 1 if cfg.fsdp < 3 or cfg.pp > 1 and not piece.block else number + 1 if cfg.pp > 1 else number * (1 + piece.block)
+    times = 1 if cfg.fsdp < 3 or cfg.pp > 1 else number * (1 + piece.block)
     for kind, axis in (("dense", "shards"), ("experts", "expert_copies")):
         if cfg.fsdp:
             add(axis, "all-gather", 4 * times * count[f"{kind} gathered"])
