@@ -247,6 +247,8 @@ PP_SCHEDULES = {                   # flag --pp_schedule: torch's class, stages a
     "zbv": ("ScheduleZBVZeroBubble", 2, True),                   # the same, forth and back                        [ZB sec 6]
     "dualpipev": ("ScheduleDualPipeV", 2, True),                 # forward of one beside backward of another       [DSV3 sec 3.2.1]
 }
+SPLIT = {"interleaved_zb", "zbv", "dualpipev"}                           # schedules that split backward in two
+SPLITS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)    # can torch do so with autograd functions written in Python?
 RECURRENT = {"linear", "lightning", "transnormer", "gdn", "kda"}         # mixers that hand on a state instead of keys
 
 
@@ -325,9 +327,11 @@ def refuse_layout(cfg, size):
          f"use --pp={max(1, cfg.n_layer // each)}" + " or --pp_schedule=1f1b" * (each > 1)),
         (cfg.norm == "batch" and size > 1, "--norm=batch takes its statistics over the rows of one rank, so ranks would train different "
          "models; use one, or another --norm"),
-        (cfg.compile and pp > 1 and schedule in ("interleaved_zb", "zbv", "dualpipev"),
+        (cfg.compile and pp > 1 and schedule in SPLIT,
          f"--pp_schedule={schedule} splits backward in two, which compiled blocks cannot; use --compile=false or --pp_schedule=1f1b"),
-        (cfg.mtp and cfg.tie_embeddings and pp > 1 and schedule in ("interleaved_zb", "zbv", "dualpipev"),
+        (pp > 1 and schedule in SPLIT and not (SPLITS or cfg.world_size), f"--pp_schedule={schedule} splits backward in two, which torch "
+         f"{torch.__version__} cannot do with our kernels; use --pp_schedule=1f1b, or torch 2.13"),
+        (cfg.mtp and cfg.tie_embeddings and pp > 1 and schedule in SPLIT,
          f"--pp_schedule={schedule} splits backward in two, which torch cannot where MTP looks up what is also the head; use "
          "--tie_embeddings=false or --pp_schedule=1f1b"),
         (low != cfg.tokens_per_step, f"--tokens_per_step={cfg.tokens_per_step} is not a multiple of {unit} (--seq_len={cfg.seq_len}{ours} "

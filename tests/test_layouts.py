@@ -106,6 +106,8 @@ def alone(name):
 
 
 def check(name, layout, ranks):
+    if layout.get("pp_schedule") in dist.SPLIT and not dist.SPLITS:
+        pytest.skip("this torch cannot split backward through autograd functions written in Python")
     cfg, home = TrainConfig(**TINY | MODELS[name] | layout), tempfile.mkdtemp()
     losses, grads = alone(name)
     assert launch(lambda: run(cfg, home), ranks) == [0] * ranks

@@ -60,6 +60,8 @@ def test_a_model_in_parts_writes_samples_as_a_whole_one_does(layout, mixed, tmp_
 
 def test_what_stands_at_both_ends_of_a_rank_is_saved_once(tiny, tmp_path):
     """zbv gives one rank the first and the last stage, so the tied embedding twice."""
+    if not dist.SPLITS:
+        pytest.skip("this torch cannot split backward through autograd functions written in Python")
     flags = [f for f in tiny if not f.startswith("--n_layer")] + ["--n_layer=4", "--tokens_per_step=512"]
     go(elsewhere(flags, tmp_path / "one"), {})
     go([*elsewhere(flags, tmp_path / "two"), "--keep=9"], dict(pp=2, pp_schedule="zbv"))
