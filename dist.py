@@ -195,8 +195,19 @@ def init(cfg):
     # the watchdog below is first to speak; this is for ranks that wait outside a step
     wait = datetime.timedelta(seconds=cfg.timeout + 10)
     if not td.is_initialized():
-        td.init_process_group("nccl" if cuda else "gloo", timeout=wait)
+        td.init_process_group("nccl" if cuda else "gloo", timeout=wait, **meeting(rank, size, wait))
     return World(rank, size, tuple(range(size)), td.group.WORLD, device, **groups(cfg, rank, size, wait), sp=cfg.sp and cfg.tp > 1)
+
+
+def meeting(rank, size, wait):
+    """Where ranks that torchrun has started again find each other. Its store outlives them, and gloo would find the addresses of those that
+    died there, so each attempt has a corner of its own."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        return {}
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = td.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, hosts, timeout=wait)
+    return dict(store=td.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=size)
 
 
 def groups(cfg, rank, size, wait):
