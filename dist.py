@@ -388,13 +388,6 @@ def all_max(group, tensor):
     return tensor
 
 
-def any_rank(world, flag):
-    """Is it so on any rank? All ranks get the same answer, so all take the same branch."""
-    if world.size == 1:
-        return bool(flag)
-    return all_sum(world, torch.tensor([float(flag)], device=world.device)).item() > 0
-
-
 def all_texts(world, text, device=None):
     """The texts of all ranks (of a World, or of a Group with its device), on every rank."""
     if world.size == 1:
@@ -1367,12 +1360,6 @@ def open_checkpoint(path, world=World()):
     if said := _first_said(world, said):
         raise UsageError(said)
     return Saved(path, manifest["step"], manifest["state"], manifest["tensors"], files)
-
-
-def read_checkpoint(path):
-    """(tensors, state, step) of one checkpoint folder, all tensors whole."""
-    saved = open_checkpoint(path)
-    return {name: saved.whole(name) for name in saved.table}, saved.state, saved.step
 
 
 def newest_checkpoint(folder, say=print, world=World()):

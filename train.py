@@ -890,23 +890,29 @@ def listen_for_stop():
     return stop
 
 
-def train(cfg, typed):
-    # everything that can be refused is refused before the run folder is touched
-    world = dist.init(cfg)
-    out, say, saved, source = Path(cfg.out_dir), world.print, None, None
+def open_run(cfg, typed, world):
+    """All that a run begins with or goes on from, (config, checkpoint, weights, prepared folder, its facts, tokenizer, loaders, ids of the model):
+    what can be refused is refused here, before the run folder is touched."""
+    out, saved, source = Path(cfg.out_dir), None, None
     dist.agree(world, "flags", " ".join(non_default(cfg)))
     if cfg.resume:
-        saved = dist.open_checkpoint(cfg.resume, world) if cfg.resume != "latest" else dist.newest_checkpoint(out / "ckpt", say, world)
+        saved = dist.open_checkpoint(cfg.resume, world) if cfg.resume != "latest" else dist.newest_checkpoint(out / "ckpt", world.print, world)
         if saved is None:
-            say(f"--resume: {out} has no checkpoint yet, so the run begins at step 0")
-    state, start = (saved.state, saved.step) if saved else (None, 0)
+            world.print(f"--resume: {out} has no checkpoint yet, so the run begins at step 0")
+    state = saved and saved.state
     if cfg.weights_from and not state:
         cfg, source = model_flags_of(cfg, typed)
         batch_shape(cfg, world.size)
     check_disk(cfg, model_lib.meta_model(cfg), out)
     folder, meta, tok = prepare_data(cfg, world, state)
     vocab_size = width_of(cfg, typed, state, source, tok)
-    loaders = data.open_loaders(cfg, folder, meta, tok)
+    return cfg, saved, source, folder, meta, tok, data.open_loaders(cfg, folder, meta, tok), vocab_size
+
+
+def train(cfg, typed):
+    world = dist.init(cfg)
+    cfg, saved, source, folder, meta, tok, loaders, vocab_size = open_run(cfg, typed, world)
+    out, say, state, start = Path(cfg.out_dir), world.print, saved and saved.state, saved.step if saved else 0
 
     # the model, spread over the ranks, its optimizer, and where the run stands
     dtype, reason = compute_dtype(cfg, world.device)
@@ -980,8 +986,7 @@ def train(cfg, typed):
         dist.watch(world, cfg.timeout)
         tick = time.perf_counter()
         if done == cfg.steps or cfg.eval_every and done % cfg.eval_every == 0 and not stopping:
-            scores = evaluate(engine, loaders["val"], meta, cfg)
-            whole = engine.on_main()
+            scores, whole = evaluate(engine, loaders["val"], meta, cfg), engine.on_main()
             if world.main:
                 text = sample_text(whole, tok, meta["eot"], "", 1, cfg, world.device, dtype, cfg.seed + done, 100)[0] if whole else ""
                 log.add(step=done, **scores, seconds=seconds, sample=text)

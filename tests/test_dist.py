@@ -114,7 +114,8 @@ def test_any_cut_is_read_under_any_other(tmp_path):
 
     for ranks in (1, 2, 3, 4):
         assert launch(save, ranks) == [0] * ranks
-        tensors, state, step = dist.read_checkpoint(tmp_path / f"{ranks}/step_00000003")
+        saved = dist.open_checkpoint(tmp_path / f"{ranks}/step_00000003")
+        tensors, state, step = {name: saved.whole(name) for name in saved.table}, saved.state, saved.step
         assert [name for name, t in WHOLE.items() if not torch.equal(tensors[name], t) or tensors[name].dtype != t.dtype] == []
         assert [p.name for p in sorted((tmp_path / f"{ranks}/step_00000003").iterdir())] == [
             "manifest.json", *(f"shard_{rank:05d}.safetensors" for rank in range(ranks))]
@@ -310,13 +311,14 @@ def test_two_ranks_save_in_the_background_to_the_same_bytes(tmp_path):
 
 def test_collectives_over_two_ranks_and_at_size_one():
     alone = World()
-    assert dist.all_sum(alone, torch.tensor(3.0)) == 3 and dist.any_rank(alone, True) and dist.from_main(alone, "x") == "x"
+    assert dist.all_sum(alone, torch.tensor(3.0)) == 3 and dist.all_max(alone, torch.tensor(3.0)) == 3 and dist.from_main(alone, "x") == "x"
 
     def body():
         world = dist.init(dist.DistConfig(device="cpu"))
         assert (world.size, world.main) == (2, world.rank == 0)
         assert dist.all_sum(world, torch.tensor(float(world.rank + 1))) == 3
-        assert dist.any_rank(world, world.rank == 1) and not dist.any_rank(world, False)
+        assert dist.all_max(world, torch.tensor([float(world.rank), -float(world.rank)])).tolist() == [1, 0]
+        assert dist.all_texts(world, "ä" * world.rank) == ["", "ä"]
         assert dist.from_main(world, f"päth{world.rank}") == "päth0"
         dist.shutdown()
 

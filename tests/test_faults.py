@@ -110,8 +110,8 @@ def die_at(nth):
     dist._first_said = dying(dist._first_said)
 
 
-def kill_at_every_point(home, ranks, victim, least, **options):
-    """Step 2 is saved after step 1, with keep=1, and the victim killed at point after point until it outlives them all."""
+def killed_at_every_point(home, ranks, victim, **options):
+    """Step 2 is saved after step 1, with keep=1, and the victim killed at point after point until it outlives them all: how many there are."""
     for nth in range(1, 99):
         folder = home / str(nth)
         save(folder, 1)
@@ -132,8 +132,7 @@ def kill_at_every_point(home, ranks, victim, least, **options):
         assert all(code in ((0, -signal.SIGKILL) if rank == victim else (0,)) for rank, code in enumerate(codes)), (nth, codes)
         assert whole(folder) in (1, 2), nth
         if codes[victim] == 0:
-            assert nth > least, f"only {nth} points"
-            return
+            return nth - 1
         save(folder, 3)                                          # a new run's first save sweeps
         assert whole(folder) == 3 and not list(folder.glob(".*")), nth
     raise AssertionError("the save never ends")
@@ -141,14 +140,14 @@ def kill_at_every_point(home, ranks, victim, least, **options):
 
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_at_any_point_of_a_save(background, tmp_path):
-    kill_at_every_point(tmp_path, ranks=1, victim=0, least=30, background=background)
+    assert killed_at_every_point(tmp_path, ranks=1, victim=0, background=background) >= 30
 
 
 @pytest.mark.parametrize("victim, least, background", [
     (0, 35, False), pytest.param(0, 35, True, marks=pytest.mark.slow), pytest.param(1, 12, False, marks=pytest.mark.slow)])
 def test_one_rank_of_two_is_killed_at_any_point_of_a_save(victim, least, background, tmp_path):
     """The other one is told so soon, and does not wait for ever."""
-    kill_at_every_point(tmp_path, 2, victim, least, timeout=0.5, background=background)
+    assert killed_at_every_point(tmp_path, 2, victim, timeout=0.5, background=background) >= least
 
 
 def test_a_rank_that_is_late_is_named_and_all_give_up(tmp_path):
@@ -318,9 +317,8 @@ def sign(folder, change=lambda manifest: None):
 
 
 def refused(folder, says="step_00000002"):
-    for read in (dist.open_checkpoint, dist.read_checkpoint):
-        with pytest.raises(UsageError, match=says):
-            read(folder)
+    with pytest.raises(UsageError, match=says):
+        dist.open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("signed", [False, True])
