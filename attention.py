@@ -12,8 +12,8 @@ fold the whole past into one matrix that does not grow.
     delta:   y_t = q_t . M_t,                         M_t = alpha_t (I - beta_t k_t k_t^T) M_{t-1} + beta_t k_t v_t^T
                                                                                                          [GDN eq 10]
 
-Contents:    config | positions | sparse patterns | places and masks | cache | softmax attention | context parallel | MHA, GQA, MQA and windows |
-             MLA | linear attention | feature maps | fixed decay | delta rule | ATTENTION | demo and bench
+Contents:    config | positions | sparse patterns | places and masks | cache | softmax attention | context parallel |
+             MHA, GQA, MQA and windows | MLA | linear attention | feature maps | fixed decay | delta rule | ATTENTION | demo and bench
              First reading: attend, MHA, MLA, recurrence. What stands before attend says which keys it reads, how far away.
 Shapes:      B batch, T queries, S keys, D n_embd, H heads, G kv heads, K query/key head dim, U value head dim,
              N no-position dim, P rotary dim, J pairs of channels, R latent rank, L = R + P what MLA caches, C tile
@@ -539,14 +539,14 @@ class Places:
         if self.way == "ulysses":
             low, high = (low + place for place in bounds(high - low, cp))
         self.heads = slice(low, high)                                                # those whose scores this rank makes
-        if self.way in ("", "ulysses"):
+        self.whole = self.way in ("", "ulysses")                                     # keys in their order, the newest of them the queries'
+        if self.whole:
             kept = min(past, layer.window - 1) if layer.window else past             # what LayerCache holds
             self.k_1S = torch.arange(past - kept, past + T, device=device)[None]
             self.q_T1 = self.k_1S[:, kept:].T
         else:
             self.k_1S = torch.cat([row_places(T, cp, this.zigzag, rank) for rank in range(cp.size)]).to(device)[None]
             self.q_T1 = here[:, None].to(device)
-        self.whole = self.way in ("", "ulysses")                                     # keys in their order, the newest of them the queries'
         changed = cfg.attn_softcap or cfg.sinks or cfg.pos == "shaw"                 # scores that SDPA does not make
         unhidden = self.whole and seen_plainly(layer, this, T)
         self.plain = unhidden and cfg.pos not in POSITION_BIAS and not changed

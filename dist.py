@@ -65,6 +65,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
+from kernels import to_autocast
 from tokenizer import UsageError, atomic_write, cores, flag, run_cli, sync_folder
 
 
@@ -458,6 +459,7 @@ MOVES = {
 
 
 class Move(torch.autograd.Function):
+    """One move forward, another for the gradient."""
     @staticmethod
     def forward(ctx, x, there, back, rank, size, name, dim):
         ctx.back, ctx.where = back, (rank, size, name, dim)
@@ -573,7 +575,7 @@ def vocab_parallel_cross_entropy(x_MD, w_VD, targets_M, weights_M, bias_V=None, 
             loss_C = loss_C + z_alpha * log_z_C.square() * counted_C
         return (loss_C * weight_C.to(wide)).sum(), nll_C.detach()
 
-    x_MD = x_MD.to(torch.get_autocast_dtype(x_MD.device.type)) if torch.is_autocast_enabled(x_MD.device.type) else x_MD
+    x_MD = to_autocast(x_MD)
     rows = max(256, (32 << 20) // (4 * (high - low)))            # logits of so many rows at a time; of more than one lot they are made again
     lots = [t.split(rows) for t in (x_MD, targets_M.long(), weights_M)]
     run = some if len(x_MD) <= rows or not torch.is_grad_enabled() else lambda *lot: checkpoint(some, *lot, use_reentrant=False)

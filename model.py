@@ -788,7 +788,7 @@ def part_of(model, low, high, first, last):
     have, each has for itself: tied embeddings, those that MTP reads, tables of relative positions."""
     part = copy.copy(model)
     part._modules, part._parameters = dict(model._modules), dict(model._parameters)
-    part.blocks, part.first, part.last = nn.ModuleDict({str(i): model.blocks[i] for i in range(low, high)}), first, last
+    part.blocks, part.last = nn.ModuleDict({str(i): model.blocks[i] for i in range(low, high)}), last
     reads = first or last and bool(model.mtp)
     for name in ("embed", "pos_embed", "type_embed", "embed_norm"):
         if not reads and not (name == "embed" and last and model.cfg.tie_embeddings):
@@ -817,7 +817,7 @@ class Model(nn.Module):
     """m(tokens [B, T]) -> logits [B, T, V]; an encoder-decoder: m(source [B, S], decoder tokens [B, T]) -> [B, T, V];
     m.loss(batch) -> (loss_sum, weight_sum, metrics); m.generate(tokens, n)."""
     world, cp_mode, zigzag = World(), "", False              # ranks that share this model, and how they share rows: see spread
-    first = last = True                                      # has it the embedding, and the head? A pipeline stage may not
+    last = True                                              # has it the head? A pipeline stage may not
     spread, part = spread, part_of
 
     def __init__(self, cfg):

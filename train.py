@@ -291,8 +291,8 @@ def settle_config(typed):
             raise UsageError(f"the run in {cfg.out_dir} was started with other flags: {', '.join(differ)}; leave these out to "
                              f"resume it, or choose another --out_dir to begin a new run")
         axes = DistConfig.__dataclass_fields__.keys() - {"device", "timeout", "deterministic"}
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        if axes & typed.keys() or ranks % (known["pp"] * known["cp"] * known["tp"]) or ranks // known["pp"] // known["tp"] % known["ep"]:
+        ranks, (pp, cp, tp, ep) = int(os.environ.get("WORLD_SIZE", "1")), (known.get(name, 1) for name in ("pp", "cp", "tp", "ep"))
+        if axes & typed.keys() or ranks % (pp * cp * tp) or ranks // (pp * tp) % ep:
             known = {name: value for name, value in known.items() if name not in axes}     # another layout: all of it as typed now
         known["dp"] = 0                                          # whatever the others leave
         now = dict(resume=cfg.resume, overwrite=False, plan=cfg.plan, sample=cfg.sample, bench=cfg.bench, out_dir=cfg.out_dir)
@@ -523,7 +523,7 @@ def describe(cfg, model, device, dtype, reason, ranks):
         f"{state / 1e9:.2f} GB of weights, gradients and optimizer state",
         *([f"layout   {ranks} ranks = {dist.layout_line(cfg, ranks)}"] if ranks > 1 else []),
         f"batch    {cfg.tokens_per_step:,} tokens a step = {rows} rows of {cfg.seq_len} = {micro} rows x {accumulate} accumulated x "
-        f"{copies} {'ranks' if copies == ranks > 1 else 'rank' if ranks == 1 else 'copies of the model' if copies > 1 else 'copy of the model'}",
+        + (f"dp {copies}" if ranks > 1 else "1 rank"),
         f"run      {cfg.steps:,} steps = {tokens:,} tokens = {tokens / total:.1f} a parameter",
         f"lr       {spark([learning_rate(cfg, s) for s in range(cfg.steps)])}  peak {cfg.lr:g}, end {learning_rate(cfg, cfg.steps - 1):g}",
         f"flags    {flags}", *(f"unused   --{name}={getattr(cfg, name)}: it needs {needs}" for name, needs in unused.items()),
